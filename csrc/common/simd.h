@@ -1,0 +1,59 @@
+#pragma once
+
+// Run-time choice of the instruction set. A kernel's inner loop is written once, as a lambda marked
+// FASTNAS_INLINE, and vectorised(body) runs the copy of it that was compiled for this processor.
+// Everything called inside has to be inlined to be compiled for that instruction set: mark it FASTNAS_INLINE
+// too.
+#define FASTNAS_INLINE __attribute__((always_inline))
+
+namespace fastnas {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+inline Isa isa() {
+  static const Isa found = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      return Isa::kAvx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+    return Isa::kBaseline;
+  }();
+  return found;
+}
+
+template <class Body>
+__attribute__((noinline, target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512"))) void
+run_avx512(const Body& body) {
+  body();
+}
+
+template <class Body>
+__attribute__((noinline, target("avx2,fma"))) void run_avx2(const Body& body) {
+  body();
+}
+
+template <class Body>
+inline void vectorised(const Body& body) {
+  switch (isa()) {
+    case Isa::kAvx512:
+      return run_avx512(body);
+    case Isa::kAvx2:
+      return run_avx2(body);
+    default:
+      return body();
+  }
+}
+
+#else
+
+template <class Body>
+inline void vectorised(const Body& body) {
+  body();
+}
+
+#endif
+
+}  // namespace fastnas

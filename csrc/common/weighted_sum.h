@@ -1,0 +1,108 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/simd.h"
+
+namespace fastnas {
+
+// Elements of a block: its sums stay in the level 1 cache while the paths stream by.
+constexpr int64_t kBlock = 4096;
+
+// acc[i] (+)= sum of the N paths from x on, so that each pass over acc serves N streams.
+template <int N, class T, class A>
+FASTNAS_INLINE inline void add_paths(A* acc, const T* const* x, const A* w, int64_t n, bool first) {
+  const T* p[N];
+  A v[N];
+  for (int j = 0; j < N; ++j) {
+    p[j] = x[j];
+    v[j] = w[j];
+  }
+  if (first) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      A sum = v[0] * load(p[0][i]);
+      for (int j = 1; j < N; ++j) sum += v[j] * load(p[j][i]);
+      acc[i] = sum;
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      A sum = acc[i];
+      for (int j = 0; j < N; ++j) sum += v[j] * load(p[j][i]);
+      acc[i] = sum;
+    }
+  }
+}
+
+// y[i] = sum_k w[k] * x[k][i] for i < n <= kBlock, accumulated in acc_t<T>; zero when there are no paths.
+template <class T>
+FASTNAS_INLINE inline void weighted_sum(T* y, const T* const* x, const acc_t<T>* w, int64_t paths, int64_t n) {
+  using A = acc_t<T>;
+  A scratch[kBlock];
+  A* acc;
+  if constexpr (std::is_same_v<T, A>) {
+    acc = y;
+  } else {
+    acc = scratch;
+  }
+  if (paths == 0) {
+    for (int64_t i = 0; i < n; ++i) acc[i] = A(0);
+  }
+  int64_t k = 0;
+  for (; k + 4 <= paths; k += 4) add_paths<4>(acc, x + k, w + k, n, k == 0);
+  switch (paths - k) {
+    case 3:
+      add_paths<3>(acc, x + k, w + k, n, k == 0);
+      break;
+    case 2:
+      add_paths<2>(acc, x + k, w + k, n, k == 0);
+      break;
+    case 1:
+      add_paths<1>(acc, x + k, w + k, n, k == 0);
+      break;
+    default:
+      break;
+  }
+  if constexpr (!std::is_same_v<T, A>) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) store(y + i, scratch[i]);
+  }
+}
+
+// g[:n] in the dtype of the sums: itself, or converted once for all paths into scratch[:kBlock].
+template <class T>
+FASTNAS_INLINE inline const acc_t<T>* widened(const T* g, int64_t n, acc_t<T>* scratch) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return g;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) scratch[i] = load(g[i]);
+    return scratch;
+  }
+}
+
+// dx[i] = w * g[i]; G is T, or acc_t<T> where g has been widened.
+template <class T, class G>
+FASTNAS_INLINE inline void scale(T* dx, const G* g, acc_t<T> w, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store(dx + i, w * load(g[i]));
+}
+
+// dx[i] = w * g[i]; returns sum_i g[i] * x[i]. The dot product runs in double, which the wait for memory hides; in
+// float for the half-width types, where conversions leave no time and a block is short enough.
+template <class T, class G>
+FASTNAS_INLINE inline double scale_and_dot(T* dx, const G* g, const T* x, acc_t<T> w, int64_t n) {
+  using D = std::conditional_t<std::is_same_v<T, acc_t<T>>, double, float>;
+  D dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t i = 0; i < n; ++i) {
+    const acc_t<T> gi = load(g[i]);
+    store(dx + i, w * gi);
+    dot += static_cast<D>(gi) * static_cast<D>(load(x[i]));
+  }
+  return dot;
+}
+
+}  // namespace fastnas

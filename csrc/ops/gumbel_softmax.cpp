@@ -1,0 +1,182 @@
+// Samples of concrete distributions with counter-based noise, and their gradient, which draws the noise
+// again. Schema: fastnas/ops/gumbel_softmax.py. Everything is tiny in a supernet: what counts is the cost of
+// the call.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "common/check.h"
+#include "common/elementary.h"
+#include "common/philox.h"
+
+namespace fastnas {
+namespace {
+
+// -log(-log u) for u = (bits / 2^9 + 1/2) 2^-23, which is never 0 or 1.
+template <class A>
+FASTNAS_INLINE inline A gumbel(uint32_t bits) {
+  const A u = (static_cast<A>(static_cast<int32_t>(bits >> 9)) + A(0.5)) * A(0x1.0p-23);
+  return -log_positive(-log_positive(u));
+}
+
+template <class T>
+struct Rows {
+  using A = acc_t<T>;
+  const T* logits;
+  int64_t choices;
+  uint64_t seed;
+  A tau;
+
+  // Rows worked on at a time; their noise stays in the level 1 cache.
+  int64_t rows_a_block() const { return std::max<int64_t>(1, 1024 / choices); }
+
+  // a[i] = (logit + noise - largest of the row) / tau for rows [row, row + n); `words` is scratch memory.
+  FASTNAS_INLINE void scores(A* a, uint32_t* words, int64_t row, int64_t n) const {
+    const int64_t begin = row * choices, count = n * choices, skip = begin % 4;
+    philox_blocks(words, begin / 4, (skip + count + 3) / 4, seed);
+    const T* x = logits + begin;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) a[i] = load(x[i]) + gumbel<A>(words[skip + i]);
+    for (int64_t r = 0; r < n; ++r) {
+      A* ar = a + r * choices;
+      A largest = ar[0];
+      for (int64_t i = 1; i < choices; ++i) largest = ar[i] > largest ? ar[i] : largest;
+      for (int64_t i = 0; i < choices; ++i) ar[i] = (ar[i] - largest) / tau;
+    }
+  }
+
+  // Softmax of n rows of scores in place.
+  FASTNAS_INLINE void softmax(A* a, int64_t n) const {
+#pragma omp simd
+    for (int64_t i = 0; i < n * choices; ++i) a[i] = exp_nonpositive(a[i]);
+    for (int64_t r = 0; r < n; ++r) {
+      A* ar = a + r * choices;
+      A sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < choices; ++i) sum += ar[i];
+      for (int64_t i = 0; i < choices; ++i) ar[i] /= sum;
+    }
+  }
+
+  // One-hot of the first largest score, which is 0; all NaN when a score is NaN.
+  FASTNAS_INLINE void one_hot(A* a, int64_t n) const {
+    for (int64_t r = 0; r < n; ++r) {
+      A* ar = a + r * choices;
+      A sum = 0;
+      int64_t place = -1;
+      for (int64_t i = 0; i < choices; ++i) {
+        sum += ar[i] != ar[i] ? ar[i] : A(0);
+        if (place < 0 && ar[i] == A(0)) place = i;
+      }
+      for (int64_t i = 0; i < choices; ++i) ar[i] = sum + (i == place ? A(1) : A(0));
+    }
+  }
+
+  // Calls body(a, first row, rows) block by block, `a` holding the scores.
+  template <class Body>
+  void for_blocks(int64_t rows, const Body& body) const {
+    const int64_t step = rows_a_block(), blocks = (rows + step - 1) / step;
+    constexpr int64_t kBlocksAThread = 4;
+    torch::stable::parallel_for(0, blocks, kBlocksAThread, [&](int64_t begin, int64_t end) {
+      std::vector<A> a(step * choices);
+      std::vector<uint32_t> words(step * choices + 8);
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t row = block * step, n = std::min(step, rows - row);
+        vectorised([&]() FASTNAS_INLINE {
+          scores(a.data(), words.data(), row, n);
+          body(a.data(), row, n);
+        });
+      }
+    });
+  }
+};
+
+double tau_of(double tau, const std::optional<Tensor>& tensor) {
+  if (!tensor) return tau;
+  STD_TORCH_CHECK(tensor->numel() == 1, "gumbel_softmax: tau must be one number");
+  dispatch_floating(tensor->scalar_type(), "gumbel_softmax",
+                    [&](auto tag) { tau = load(*static_cast<const decltype(tag)*>(tensor->data_ptr())); });
+  return tau;
+}
+
+uint64_t seed_of(int64_t seed, const std::optional<Tensor>& tensor) {
+  if (!tensor) return static_cast<uint64_t>(seed);
+  STD_TORCH_CHECK(tensor->numel() == 1 && tensor->scalar_type() == ScalarType::Long,
+                  "gumbel_softmax: seed must be one int64");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(tensor->data_ptr()));
+}
+
+int64_t choices_of(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() > 0, "gumbel_softmax: logits must have at least one dimension");
+  return logits.size(logits.dim() - 1);
+}
+
+Tensor gumbel_softmax_fwd(Tensor logits, int64_t seed, double tau, std::optional<Tensor> seed_tensor,
+                          std::optional<Tensor> tau_tensor, bool hard) {
+  const Tensor x = logits.is_contiguous() ? logits : torch::stable::contiguous(logits);
+  Tensor y = torch::stable::empty_like(x);
+  const int64_t count = x.numel(), choices = choices_of(x);
+  if (count == 0) return y;
+  dispatch_floating(x.scalar_type(), "gumbel_softmax", [&](auto tag) {
+    using T = decltype(tag);
+    const Rows<T> rows{static_cast<const T*>(x.data_ptr()), choices, seed_of(seed, seed_tensor),
+                       static_cast<acc_t<T>>(tau_of(tau, tau_tensor))};
+    T* out = static_cast<T*>(y.data_ptr());
+    rows.for_blocks(count / choices, [&](acc_t<T>* a, int64_t row, int64_t n) FASTNAS_INLINE {
+      if (hard) {
+        rows.one_hot(a, n);
+      } else {
+        rows.softmax(a, n);
+      }
+      for (int64_t i = 0; i < n * choices; ++i) store(out + row * choices + i, a[i]);
+    });
+  });
+  return y;
+}
+
+Tensor gumbel_softmax_bwd(Tensor g, Tensor logits, int64_t seed, double tau, std::optional<Tensor> seed_tensor,
+                          std::optional<Tensor> tau_tensor) {
+  STD_TORCH_CHECK(g.scalar_type() == logits.scalar_type() && same_sizes(g, logits),
+                  "gumbel_softmax: the gradient must have the shape and dtype of logits");
+  const Tensor x = logits.is_contiguous() ? logits : torch::stable::contiguous(logits);
+  const Tensor gy = g.is_contiguous() ? g : torch::stable::contiguous(g);
+  Tensor dx = torch::stable::empty_like(x);
+  const int64_t count = x.numel(), choices = choices_of(x);
+  if (count == 0) return dx;
+  dispatch_floating(x.scalar_type(), "gumbel_softmax", [&](auto tag) {
+    using T = decltype(tag);
+    using A = acc_t<T>;
+    const Rows<T> rows{static_cast<const T*>(x.data_ptr()), choices, seed_of(seed, seed_tensor),
+                       static_cast<A>(tau_of(tau, tau_tensor))};
+    const T* in = static_cast<const T*>(gy.data_ptr());
+    T* out = static_cast<T*>(dx.data_ptr());
+    rows.for_blocks(count / choices, [&](A* a, int64_t row, int64_t n) FASTNAS_INLINE {
+      rows.softmax(a, n);
+      for (int64_t r = 0; r < n; ++r) {
+        const A* y = a + r * choices;
+        const T* gr = in + (row + r) * choices;
+        T* o = out + (row + r) * choices;
+        A dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < choices; ++i) dot += y[i] * load(gr[i]);
+        for (int64_t i = 0; i < choices; ++i) store(o + i, y[i] * (load(gr[i]) - dot) / rows.tau);
+      }
+    });
+  });
+  return dx;
+}
+
+}  // namespace
+}  // namespace fastnas
+
+STABLE_TORCH_LIBRARY_IMPL(fastnas, CPU, m) {
+  m.impl("gumbel_softmax_fwd", TORCH_BOX(&fastnas::gumbel_softmax_fwd));
+  m.impl("gumbel_softmax_bwd", TORCH_BOX(&fastnas::gumbel_softmax_bwd));
+}

@@ -1,0 +1,409 @@
+// partial_shuffle: some channels are mixed, the others bypass (max-pooled on stride 2), and every channel
+// goes straight to its place in the result. Schema: fastnas/ops/partial_shuffle.py. Forward reads each input
+// and writes the result once; backward reads the gradient (and what the weights and the pool need) and writes
+// each gradient once.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/blocks.h"
+#include "common/check.h"
+#include "common/max_pool.h"
+
+namespace fastnas {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+
+// Where the channels are in the result: mixed channel j at mixed[j], bypassed channel c at bypass[c], or
+// nowhere (-1) when the mixture takes its place.
+struct Places {
+  std::vector<int64_t> mixed, bypass;
+};
+
+Places find_places(const std::optional<Tensor>& channels, int64_t mixed, int64_t total) {
+  Places out;
+  if (!channels) {
+    STD_TORCH_CHECK(mixed > 0 && total % mixed == 0, "partial_shuffle: ", total, " channels in groups of ",
+                    mixed);
+    const int64_t groups = total / mixed;
+    for (int64_t j = 0; j < mixed; ++j) out.mixed.push_back(j * groups);
+    for (int64_t c = mixed; c < total; ++c) out.bypass.push_back(c % mixed * groups + c / mixed);
+    return out;
+  }
+  const Tensor dense = torch::stable::contiguous(*channels);
+  STD_TORCH_CHECK(dense.scalar_type() == ScalarType::Long && dense.numel() == mixed,
+                  "partial_shuffle: channels must hold one int64 for each of the ", mixed, " mixed channels");
+  const auto* at = static_cast<const int64_t*>(dense.data_ptr());
+  for (int64_t c = 0; c < total; ++c) out.bypass.push_back(c);
+  for (int64_t j = 0; j < mixed; ++j) {
+    STD_TORCH_CHECK(at[j] >= 0 && at[j] < total && (j == 0 || at[j - 1] < at[j]),
+                    "partial_shuffle: channels must be sorted, distinct and inside [0, ", total, "), got ",
+                    at[j], " at position ", j);
+    out.mixed.push_back(at[j]);
+    out.bypass[at[j]] = -1;
+  }
+  return out;
+}
+
+// The layout of what is written: _is_channels_last in fastnas/ops/partial_shuffle.py is the same rule.
+bool is_channels_last(const Tensor& like) { return like.stride(1) == 1 && like.stride(3) > 1; }
+
+Tensor fresh(const Tensor& like, int64_t b, int64_t c, int64_t h, int64_t w, bool last) {
+  const int64_t sizes[] = {b, c, h, w};
+  return torch::stable::empty({sizes, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
+                              last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// Tensors whose planes (or in channels last, rows of pixels) lie in one piece, copied where that is not so.
+std::vector<Tensor> in_pieces(std::vector<Tensor> tensors, bool last) {
+  for (auto& t : tensors) {
+    const int64_t inner = last ? 1 : 3, outer = last ? 3 : 2;
+    if ((t.size(inner) == 1 || t.stride(inner) == 1) &&
+        (t.size(outer) == 1 || t.stride(outer) == t.size(inner)))
+      continue;
+    t = torch::stable::contiguous(t, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  }
+  return tensors;
+}
+
+Tensor in_pixels(const Tensor& t, bool last) {
+  return !last || t.stride(1) == 1 ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+}
+
+// A [B, C, H, W] tensor as a pointer and strides in elements.
+template <class T>
+struct Map {
+  T* data;
+  int64_t b, c, h, w;
+
+  explicit Map(const Tensor& t)
+      : data(static_cast<T*>(t.data_ptr())), b(t.stride(0)), c(t.stride(1)), h(t.stride(2)), w(t.stride(3)) {}
+  FASTNAS_INLINE T* at(int64_t ib, int64_t ic, int64_t ih = 0, int64_t iw = 0) const {
+    return data + ib * b + ic * c + ih * h + iw * w;
+  }
+};
+
+template <class T>
+std::vector<Map<T>> maps(const std::vector<Tensor>& tensors) {
+  std::vector<Map<T>> out;
+  for (const auto& t : tensors) out.emplace_back(t);
+  return out;
+}
+
+struct Sizes {
+  int64_t batch, mixed, bypass;         // images, mixed channels, bypassed channels
+  int64_t height, width;                // of the result
+  int64_t bypass_height, bypass_width;  // larger than the result's when the bypass is pooled
+  bool pool, channels_last;
+
+  // Work is dealt out in planes, or in rows of pixels in channels last; each with the mixed channels of it is
+  // a piece.
+  int64_t planes() const { return mixed + bypass; }
+  int64_t piece() const { return width * (channels_last ? mixed : height); }
+  int64_t mixed_pieces() const { return batch * (channels_last ? height : mixed); }
+};
+
+// The four pixels that pixel (h, i) of the result pools; `outside` for those beyond the edge.
+template <class T>
+struct Window {
+  T* pixel[4];
+
+  FASTNAS_INLINE Window(const Map<T>& x, const Sizes& s, int64_t b, int64_t h, int64_t i, T* outside) {
+    const bool right = 2 * i + 1 < s.bypass_width, below = 2 * h + 1 < s.bypass_height;
+    T* first = x.at(b, 0, 2 * h, 2 * i);
+    pixel[0] = first;
+    pixel[1] = right ? first + x.w : outside;
+    pixel[2] = below ? first + x.h : outside;
+    pixel[3] = right && below ? first + x.h + x.w : outside;
+  }
+};
+
+template <class T>
+struct Forward {
+  Sizes s;
+  Places to;
+  std::vector<acc_t<T>> w;
+  std::vector<Map<T>> mixed;
+  Map<T> bypass, y;
+
+  FASTNAS_INLINE void mix(T* out, const T** x, int64_t b, int64_t c, int64_t h) const {
+    const int64_t paths = static_cast<int64_t>(mixed.size());
+    for (int64_t start = 0; start < s.piece(); start += kBlock) {
+      for (int64_t k = 0; k < paths; ++k) x[k] = mixed[k].at(b, c, h) + start;
+      weighted_sum(out + start, x, w.data(), paths, std::min(kBlock, s.piece() - start));
+    }
+  }
+
+  FASTNAS_INLINE void planes(int64_t begin, int64_t end) const {
+    std::vector<const T*> x(mixed.size());
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / s.planes(), c = unit % s.planes() - s.mixed;
+      if (c < 0) {
+        mix(y.at(b, to.mixed[c + s.mixed]), x.data(), b, c + s.mixed, 0);
+      } else if (to.bypass[c] >= 0) {
+        for (int64_t h = 0; h < s.height; ++h) bypass_row(y.at(b, to.bypass[c], h), b, c, h);
+      }
+    }
+  }
+
+  FASTNAS_INLINE void bypass_row(T* out, int64_t b, int64_t c, int64_t h) const {
+    if (s.pool) {
+      const T* top = bypass.at(b, c, 2 * h);
+      const T* bottom = 2 * h + 1 < s.bypass_height ? top + bypass.h : top;
+      if (bypass.w == 1) {  // a known step is vectorised
+        pool_row(out, top, bottom, 1, s.bypass_width);
+      } else {
+        pool_row(out, top, bottom, bypass.w, s.bypass_width);
+      }
+    } else if (bypass.w == 1) {
+      std::memcpy(out, bypass.at(b, c, h), s.width * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < s.width; ++i) out[i] = *bypass.at(b, c, h, i);
+    }
+  }
+
+  FASTNAS_INLINE void pixels(int64_t begin, int64_t end) const {
+    std::vector<const T*> x(mixed.size());
+    std::vector<T> mixture(s.piece()), pooled(s.bypass), outside(s.bypass);
+    for (T& v : outside) store(&v, kOutside<acc_t<T>>);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / s.height, h = unit % s.height;
+      mix(mixture.data(), x.data(), b, 0, h);
+      for (int64_t i = 0; i < s.width; ++i) {
+        T* out = y.at(b, 0, h, i);
+        const T* in = bypass.at(b, 0, h, i);
+        if (s.pool) {
+          pool_pixel(pooled.data(), Window<T>(bypass, s, b, h, i, outside.data()).pixel, s.bypass);
+          in = pooled.data();
+        }
+        for (int64_t j = 0; j < s.mixed; ++j) out[to.mixed[j]] = mixture[i * s.mixed + j];
+        for (int64_t c = 0; c < s.bypass; ++c)
+          if (to.bypass[c] >= 0) out[to.bypass[c]] = in[c];
+      }
+    }
+  }
+};
+
+template <class T>
+struct Backward {
+  Sizes s;
+  Places from;
+  std::vector<acc_t<T>> w;
+  Map<T> g;
+  std::vector<Map<T>> mixed;  // empty when the weights need no gradient
+  std::vector<Map<T>> dmixed;
+  Map<T> bypass, dbypass;
+  bool bypass_grad;
+  double* dots;  // [mixed_pieces, paths]
+
+  FASTNAS_INLINE void unmix(double* dot, const T* gp, int64_t b, int64_t c, int64_t h) const {
+    acc_t<T> scratch[kBlock];
+    for (int64_t start = 0; start < s.piece(); start += kBlock) {
+      const int64_t n = std::min(kBlock, s.piece() - start);
+      const acc_t<T>* wide = widened(gp + start, n, scratch);
+      for (size_t k = 0; k < dmixed.size(); ++k) {
+        T* dx = dmixed[k].at(b, c, h) + start;
+        if (mixed.empty()) {
+          scale(dx, wide, w[k], n);
+        } else {
+          dot[k] += scale_and_dot(dx, wide, mixed[k].at(b, c, h) + start, w[k], n);
+        }
+      }
+    }
+  }
+
+  FASTNAS_INLINE void planes(int64_t begin, int64_t end) const {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / s.planes(), c = unit % s.planes() - s.mixed;
+      if (c < 0) {
+        const int64_t j = c + s.mixed;
+        unmix(dots + (b * s.mixed + j) * dmixed.size(), g.at(b, from.mixed[j]), b, j, 0);
+      } else if (bypass_grad) {
+        bypass_plane(b, c);
+      }
+    }
+  }
+
+  FASTNAS_INLINE void bypass_plane(int64_t b, int64_t c) const {
+    const int64_t plane = s.bypass_height * s.bypass_width;
+    T* dx = dbypass.at(b, c);
+    if (from.bypass[c] < 0) {
+      std::fill_n(dx, plane, T{});
+    } else if (s.pool) {
+      for (int64_t h = 0; h < s.height; ++h)
+        unpool_rows(dx + 2 * h * s.bypass_width, g.at(b, from.bypass[c]) + h * s.width, b, c, 2 * h);
+    } else {
+      std::memcpy(dx, g.at(b, from.bypass[c]), plane * sizeof(T));
+    }
+  }
+
+  FASTNAS_INLINE void unpool_rows(T* dx, const T* gp, int64_t b, int64_t c, int64_t h) const {
+    const int64_t width = s.bypass_width;
+    const T* top = bypass.at(b, c, h);
+    if (h + 1 >= s.bypass_height) {
+      unpool_row<false>(dx, dx, top, top, bypass.w, gp, width);
+    } else if (bypass.w == 1) {  // a known step is vectorised
+      unpool_row<true>(dx, dx + width, top, top + bypass.h, 1, gp, width);
+    } else {
+      unpool_row<true>(dx, dx + width, top, top + bypass.h, bypass.w, gp, width);
+    }
+  }
+
+  FASTNAS_INLINE void pixels(int64_t begin, int64_t end) const {
+    std::vector<T> g_mixed(s.piece()), g_pooled(s.bypass), outside(s.bypass), ignored(s.bypass);
+    for (T& v : outside) store(&v, kOutside<acc_t<T>>);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / s.height, h = unit % s.height;
+      for (int64_t i = 0; i < s.width; ++i) {
+        const T* gp = g.at(b, 0, h, i);
+        for (int64_t j = 0; j < s.mixed; ++j) g_mixed[i * s.mixed + j] = gp[from.mixed[j]];
+        if (!bypass_grad) continue;
+        T* straight = s.pool ? g_pooled.data() : dbypass.at(b, 0, h, i);
+        for (int64_t c = 0; c < s.bypass; ++c) straight[c] = from.bypass[c] < 0 ? T{} : gp[from.bypass[c]];
+        if (s.pool)
+          unpool_pixel(Window<T>(dbypass, s, b, h, i, ignored.data()).pixel,
+                       Window<T>(bypass, s, b, h, i, outside.data()).pixel, straight, s.bypass);
+      }
+      unmix(dots + unit * dmixed.size(), g_mixed.data(), b, 0, h);
+    }
+  }
+};
+
+// Runs a job on torch's threads, compiled for this processor; `streams` is how many tensors a piece touches.
+template <class Job>
+void run(const Job& job, int64_t streams) {
+  constexpr int64_t kElementsAThread = 1 << 16;  // less is not worth waking a thread for
+  const Sizes& s = job.s;
+  const int64_t grain = std::max<int64_t>(1, kElementsAThread / std::max<int64_t>(1, s.piece() * streams));
+  const int64_t units = s.batch * (s.channels_last ? s.height : s.planes());
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    vectorised([&]() FASTNAS_INLINE { s.channels_last ? job.pixels(begin, end) : job.planes(begin, end); });
+  });
+}
+
+template <class A>
+std::vector<A> weights_or_one(const std::optional<Tensor>& weights, size_t paths) {
+  std::vector<A> w = weights ? host_values<A>(*weights) : std::vector<A>{A(1)};
+  STD_TORCH_CHECK(w.size() == paths, "partial_shuffle: one weight a tensor is needed");
+  return w;
+}
+
+int64_t halved(int64_t n, int64_t stride) { return stride == 1 ? n : (n + 1) / 2; }
+
+Tensor partial_shuffle_fwd(std::vector<Tensor> mixed, std::optional<Tensor> weights, Tensor bypass,
+                           std::optional<Tensor> channels, int64_t stride) {
+  STD_TORCH_CHECK(!mixed.empty() && mixed[0].dim() == 4 && bypass.dim() == 4 &&
+                      (stride == 1 || stride == 2) && bypass.size(0) == mixed[0].size(0) &&
+                      bypass.scalar_type() == mixed[0].scalar_type() &&
+                      halved(bypass.size(2), stride) == mixed[0].size(2) &&
+                      halved(bypass.size(3), stride) == mixed[0].size(3),
+                  "partial_shuffle: mixed and bypass do not fit together");
+  check_alike("partial_shuffle", mixed, mixed[0]);
+  const bool last = is_channels_last(bypass);
+  const int64_t m = mixed[0].size(1), total = bypass.size(1) + (channels ? 0 : m);
+  const Sizes s{
+      bypass.size(0), m,   bypass.size(1), mixed[0].size(2), mixed[0].size(3), bypass.size(2), bypass.size(3),
+      stride == 2,    last};
+  const Places to = find_places(channels, m, total);
+  Tensor y = fresh(bypass, s.batch, total, s.height, s.width, last);
+  mixed = in_pieces(mixed, last);
+  dispatch_floating(y.scalar_type(), "partial_shuffle_fwd", [&](auto tag) {
+    using T = decltype(tag);
+    const Forward<T> job{
+        s, to, weights_or_one<acc_t<T>>(weights, mixed.size()), maps<T>(mixed), Map<T>(bypass), Map<T>(y)};
+    run(job, mixed.size() + 1);
+  });
+  return y;
+}
+
+// `mixed` is empty when the weights are frozen; `bypass` is there when its gradient depends on it.
+std::tuple<std::vector<Tensor>, std::vector<double>, Tensor> gradients(
+    const Tensor& grad, std::vector<Tensor> mixed, const std::optional<Tensor>& weights,
+    const std::optional<Tensor>& bypass, const std::optional<Tensor>& channels, int64_t m, bool bypass_grad) {
+  STD_TORCH_CHECK(grad.dim() == 4, "partial_shuffle: the gradient must have 4 dimensions");
+  const bool last = is_channels_last(grad), pool = bypass.has_value();
+  const int64_t total = grad.size(1), rest = channels ? total : total - m;
+  const Sizes s{grad.size(0),
+                m,
+                rest,
+                grad.size(2),
+                grad.size(3),
+                pool ? bypass->size(2) : grad.size(2),
+                pool ? bypass->size(3) : grad.size(3),
+                pool,
+                last};
+  STD_TORCH_CHECK(!pool || (bypass->dim() == 4 && bypass->size(0) == s.batch && bypass->size(1) == rest &&
+                            halved(s.bypass_height, 2) == s.height && halved(s.bypass_width, 2) == s.width &&
+                            bypass->scalar_type() == grad.scalar_type()),
+                  "partial_shuffle: bypass does not fit the gradient");
+  const Places from = find_places(channels, m, total);
+  const size_t paths = weights ? weights->numel() : 1;
+  std::vector<Tensor> dmixed;
+  for (size_t k = 0; k < paths; ++k) dmixed.push_back(fresh(grad, s.batch, m, s.height, s.width, last));
+  if (!mixed.empty()) {
+    STD_TORCH_CHECK(mixed.size() == paths, "partial_shuffle: one weight a tensor is needed");
+    check_alike("partial_shuffle", mixed, dmixed[0]);
+  }
+  const int64_t none[] = {0};
+  const Tensor dbypass = bypass_grad ? fresh(grad, s.batch, rest, s.bypass_height, s.bypass_width, last)
+                                     : torch::stable::new_empty(grad, {none, 1});
+  // Channels last gathers g pixel by pixel; planes of g are read as they are.
+  const Tensor g = last ? grad : in_pieces({grad}, false)[0];
+  const Tensor x = in_pixels(pool ? *bypass : g, last);
+  mixed = in_pieces(mixed, last);
+  std::vector<double> total_dots(paths, 0.0);
+  dispatch_floating(g.scalar_type(), "partial_shuffle_bwd", [&](auto tag) {
+    using T = decltype(tag);
+    const auto w = weights_or_one<acc_t<T>>(weights, paths);
+    const Map<T> dx(bypass_grad ? dbypass : g);
+    std::vector<double> dots(mixed.empty() ? 0 : s.mixed_pieces() * paths);
+    const Backward<T> job{s,         from, w,           Map<T>(g),  maps<T>(mixed), maps<T>(dmixed),
+                          Map<T>(x), dx,   bypass_grad, dots.data()};
+    run(job, 2 * paths + 1);
+    // Pieces are added in their order: the sums do not depend on the number of threads.
+    for (size_t i = 0; i < dots.size(); ++i) total_dots[i % paths] += dots[i];
+  });
+  return {dmixed, total_dots, dbypass};
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_shuffle_bwd(Tensor g, std::vector<Tensor> mixed,
+                                                                    Tensor weights,
+                                                                    std::optional<Tensor> bypass,
+                                                                    std::optional<Tensor> channels,
+                                                                    bool bypass_grad) {
+  STD_TORCH_CHECK(!mixed.empty() && mixed[0].dim() == 4, "partial_shuffle: mixed tensors are needed");
+  auto [dmixed, dots, dbypass] =
+      gradients(g, mixed, weights, bypass, channels, mixed[0].size(1), bypass_grad);
+  Tensor dweights = torch::stable::new_empty(weights, weights.sizes());
+  dispatch_floating(dweights.scalar_type(), "partial_shuffle_bwd", [&, &sums = dots](auto tag) {
+    using W = decltype(tag);
+    W* out = static_cast<W*>(dweights.data_ptr());
+    for (size_t k = 0; k < sums.size(); ++k) store(out + k, static_cast<acc_t<W>>(sums[k]));
+  });
+  return {dmixed, dweights, dbypass};
+}
+
+std::tuple<std::vector<Tensor>, Tensor> partial_shuffle_bwd_frozen(Tensor g, std::optional<Tensor> weights,
+                                                                   std::optional<Tensor> bypass,
+                                                                   std::optional<Tensor> channels,
+                                                                   int64_t mixed_channels, bool bypass_grad) {
+  auto [dmixed, dots, dbypass] = gradients(g, {}, weights, bypass, channels, mixed_channels, bypass_grad);
+  return {dmixed, dbypass};
+}
+
+}  // namespace
+}  // namespace fastnas
+
+STABLE_TORCH_LIBRARY_IMPL(fastnas, CPU, m) {
+  m.impl("partial_shuffle_fwd", TORCH_BOX(&fastnas::partial_shuffle_fwd));
+  m.impl("partial_shuffle_bwd", TORCH_BOX(&fastnas::partial_shuffle_bwd));
+  m.impl("partial_shuffle_bwd_frozen", TORCH_BOX(&fastnas::partial_shuffle_bwd_frozen));
+}

@@ -1,0 +1,132 @@
+// y[b] = sum_k mask[g(b), k] * x_k[b] over the paths that ghost batch g(b) = b * G / B keeps, and its
+// gradient. Schema: fastnas/ops/path_dropout.py. A dropped path is not read forward and becomes plain zeros
+// backward.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <vector>
+
+#include "common/blocks.h"
+#include "common/check.h"
+
+namespace fastnas {
+namespace {
+
+// The mask [G, K] as numbers, and which of its rows serves which sample.
+template <class A>
+struct Mask {
+  int64_t groups, paths, batch;
+  std::vector<A> scale;
+
+  Mask(const Tensor& mask, int64_t batch_size) : groups(mask.size(0)), paths(mask.size(1)), batch(batch_size) {
+    if (mask.scalar_type() == ScalarType::Bool) {
+      const Tensor dense = torch::stable::contiguous(mask);
+      const bool* p = static_cast<const bool*>(dense.data_ptr());
+      scale.assign(p, p + dense.numel());
+    } else {
+      scale = host_values<A>(mask);
+    }
+  }
+
+  const A* of_row(int64_t row, int64_t rows) const {
+    const int64_t sample = row / (rows / batch);
+    return scale.data() + sample * groups / batch * paths;
+  }
+};
+
+bool batch_outermost(const Tensor& dense) {
+  const auto order = memory_order(dense);
+  return order.empty() || dense.size(0) == 1 || order[0] == 0;
+}
+
+// Rows that never cross from one sample into the next.
+Rows sample_rows(const std::vector<Tensor>& tensors, const Tensor& dense) {
+  return common_rows(tensors, dense, dense.size(0) > 1 ? 1 : 0);
+}
+
+// A fresh tensor to write sample by sample: in the layout of empty_like(t), or contiguous where that layout
+// has another dimension outside the batch. finish() brings it into the layout that the schema's fake kernel
+// promises.
+Tensor start(const Tensor& t) {
+  Tensor out = torch::stable::empty_like(t);
+  return batch_outermost(out) ? out : torch::stable::new_empty(t, t.sizes());
+}
+
+Tensor finish(const Tensor& out, const Tensor& like) {
+  Tensor result = torch::stable::empty_like(like);
+  return batch_outermost(result) ? out : torch::stable::copy_(result, out);
+}
+
+Tensor path_dropout_fwd(std::vector<Tensor> xs, Tensor mask) {
+  STD_TORCH_CHECK(!xs.empty() && xs[0].dim() > 0 && mask.dim() == 2 && mask.size(0) > 0 &&
+                      mask.size(1) == static_cast<int64_t>(xs.size()),
+                  "path_dropout_fwd: mask must be [groups, paths]");
+  check_alike("path_dropout_fwd", xs, xs[0]);
+  const Tensor like = xs[0], y = start(like);
+  const int64_t paths = static_cast<int64_t>(xs.size());
+  xs.push_back(y);
+  const Rows rows = sample_rows(xs, y);
+  dispatch_floating(y.scalar_type(), "path_dropout_fwd", [&](auto tag) {
+    using T = decltype(tag);
+    const Mask<acc_t<T>> keep(mask, y.size(0));
+    const Cursor<T> cursor(rows);
+    for_each_block(rows, paths + 1, [&] {
+      return [&, x = std::vector<const T*>(paths), weights = std::vector<acc_t<T>>(paths)](const Block& block) mutable {
+        const acc_t<T>* scale = keep.of_row(block.row, rows.rows);
+        int64_t kept = 0;
+        for (int64_t k = 0; k < paths; ++k) {
+          if (scale[k] == 0) continue;
+          x[kept] = cursor.at(k, block);
+          weights[kept++] = scale[k];
+        }
+        vectorised(
+            [&]() FASTNAS_INLINE { weighted_sum(cursor.at(paths, block), x.data(), weights.data(), kept, block.n); });
+      };
+    });
+  });
+  return finish(y, like);
+}
+
+std::vector<Tensor> path_dropout_bwd(Tensor g, Tensor mask) {
+  STD_TORCH_CHECK(g.dim() > 0 && mask.dim() == 2 && mask.size(0) > 0, "path_dropout_bwd: mask must be [groups, paths]");
+  const int64_t paths = mask.size(1);
+  std::vector<Tensor> dxs;
+  for (int64_t k = 0; k < paths; ++k) dxs.push_back(start(g));
+  std::vector<Tensor> all{g};  // g, dxs
+  all.insert(all.end(), dxs.begin(), dxs.end());
+  const Rows rows = sample_rows(all, paths ? dxs[0] : start(g));
+  dispatch_floating(g.scalar_type(), "path_dropout_bwd", [&](auto tag) {
+    using T = decltype(tag);
+    const Mask<acc_t<T>> keep(mask, g.size(0));
+    const Cursor<T> cursor(rows);
+    for_each_block(rows, paths + 1, [&] {
+      return [&](const Block& block) {
+        const acc_t<T>* weight = keep.of_row(block.row, rows.rows);
+        vectorised([&]() FASTNAS_INLINE {
+          acc_t<T> scratch[kBlock];
+          const acc_t<T>* gs = widened<T>(cursor.at(0, block), block.n, scratch);
+          for (int64_t k = 0; k < paths; ++k) {
+            if (weight[k] == 0) {
+              std::memset(cursor.at(1 + k, block), 0, block.n * sizeof(T));
+            } else {
+              scale(cursor.at(1 + k, block), gs, weight[k], block.n);
+            }
+          }
+        });
+      };
+    });
+  });
+  for (auto& dx : dxs) dx = finish(dx, g);
+  return dxs;
+}
+
+}  // namespace
+}  // namespace fastnas
+
+STABLE_TORCH_LIBRARY_IMPL(fastnas, CPU, m) {
+  m.impl("path_dropout_fwd", TORCH_BOX(&fastnas::path_dropout_fwd));
+  m.impl("path_dropout_bwd", TORCH_BOX(&fastnas::path_dropout_bwd));
+}

@@ -1,0 +1,36 @@
+"""Neural architecture search by weight sharing, on fused kernels.
+
+The public names below load on first use, so that ``import fastnas`` costs no more than ``import torch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "backend": "fastnas._backends",
+    "drop_path": "fastnas.ops.path_dropout",
+    "gumbel_softmax": "fastnas.ops.gumbel_softmax",
+    "mixed_sum": "fastnas.ops.mixed_sum",
+    "partial_shuffle": "fastnas.ops.partial_shuffle",
+    "path_dropout": "fastnas.ops.path_dropout",
+    "sample_channels": "fastnas.ops.partial_shuffle",
+    "sample_path_mask": "fastnas.ops.path_dropout",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastnas' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

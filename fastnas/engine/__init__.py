@@ -1,0 +1,1 @@
+"""The executor of supernets and derived networks, and its checkpoints."""

@@ -1,0 +1,152 @@
+"""The derived network: a genotype built for training from scratch and for use. Plain PyTorch modules."""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnas.engine.stems import build_stem
+from fastnas.errors import UserError
+from fastnas.nn import DropPath, FactorizedReduce, ReLUConvBN, build_candidate
+from fastnas.spaces.darts import reduction_cells
+from fastnas.spaces.genotype import Genotype, Node
+
+
+class DerivedCell(nn.Module):
+    """A cell with only the genotype's operations; each path but an identity is dropped per sample in training."""
+
+    def __init__(
+        self,
+        nodes: tuple[Node, ...],
+        concat: tuple[int, ...],
+        c_prev_prev: int,
+        c_prev: int,
+        channels: int,
+        *,
+        reduction: bool,
+        previous_reduces: bool,
+    ) -> None:
+        super().__init__()
+        self.concat = concat
+        preprocess = FactorizedReduce if previous_reduces else ReLUConvBN
+        self.preprocess0 = preprocess(c_prev_prev, channels, affine=True)
+        self.preprocess1 = ReLUConvBN(c_prev, channels, affine=True)
+        self.sources = [[source for _, source in node] for node in nodes]
+        self.nodes = nn.ModuleList(
+            nn.ModuleList(self._path(name, channels, 2 if reduction and source < 2 else 1) for name, source in node)
+            for node in nodes
+        )
+
+    @staticmethod
+    def _path(name: str, channels: int, stride: int) -> nn.Module:
+        candidate = build_candidate(name, channels, stride, searching=False)
+        return candidate if isinstance(candidate, nn.Identity) else nn.Sequential(candidate, DropPath())
+
+    def forward(self, s0: Tensor, s1: Tensor) -> Tensor:
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for paths, sources in zip(self.nodes, self.sources, strict=True):
+            outputs = [path(states[source]) for path, source in zip(paths, sources, strict=True)]
+            states.append(reduce(operator.add, outputs))
+        return torch.cat([states[state] for state in self.concat], dim=1)
+
+
+class AuxiliaryHead(nn.Module):
+    """A second classifier after the last reduction cell, used in training only (Liu et al. 2019, appendix A.2).
+
+    Any image size: the map is pooled to 2x2, with the papers' 5x5 windows where it is 8x8 (CIFAR) or 7x7 (ImageNet).
+    `second_norm`: the CIFAR head normalises after its second convolution, the ImageNet head of the papers does not.
+    """
+
+    def __init__(self, channels: int, classes: int, *, second_norm: bool) -> None:
+        super().__init__()
+        self.squeeze = nn.Sequential(nn.Conv2d(channels, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU())
+        self.reduce = nn.Conv2d(128, 768, 2, bias=False)
+        self.norm = nn.BatchNorm2d(768) if second_norm else nn.Identity()
+        self.classifier = nn.Linear(768, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, size = F.relu(x), x.shape[-1]
+        stride = {8: 3, 7: 2}.get(size)
+        if stride and x.shape[-2] == size:
+            x = F.avg_pool2d(x, 5, stride, count_include_pad=False)
+        else:
+            x = F.adaptive_avg_pool2d(x, 2)
+        return self.classifier(F.relu(self.norm(self.reduce(self.squeeze(x)))).flatten(1))
+
+
+class DerivedNetwork(nn.Module):
+    """Stem, cells of the genotype, global average pool, linear classifier.
+
+    `channels`: C of the first cells, doubled at the reduction cells (at a third and at two thirds of `cells`);
+    `stem`: "cifar" or "imagenet"; `auxiliary`: add the auxiliary head.
+    """
+
+    def __init__(
+        self,
+        genotype: Genotype,
+        *,
+        channels: int,
+        cells: int,
+        classes: int,
+        in_channels: int = 3,
+        stem: str = "cifar",
+        auxiliary: bool = False,
+    ) -> None:
+        super().__init__()
+        if channels < 2 or channels % 2:
+            raise UserError(f"channels must be an even number of at least 2, got {channels}")
+        self.genotype = genotype
+        self.stem = build_stem(stem, in_channels, channels)
+        self.auxiliary_after = 2 * cells // 3
+        self.auxiliary: AuxiliaryHead | None = None
+        c_prev_prev = c_prev = self.stem.out_channels
+        previous_reduces = self.stem.reduces_at_end
+        self.cells = nn.ModuleList()
+        for index in range(cells):
+            reduction = index in reduction_cells(cells)
+            channels = 2 * channels if reduction else channels
+            nodes, concat = (
+                (genotype.reduce, genotype.reduce_concat) if reduction else (genotype.normal, genotype.normal_concat)
+            )
+            self.cells.append(
+                DerivedCell(
+                    nodes,
+                    concat,
+                    c_prev_prev,
+                    c_prev,
+                    channels,
+                    reduction=reduction,
+                    previous_reduces=previous_reduces,
+                )
+            )
+            c_prev_prev, c_prev, previous_reduces = c_prev, len(concat) * channels, reduction
+            if auxiliary and index == self.auxiliary_after:
+                self.auxiliary = AuxiliaryHead(c_prev, classes, second_norm=stem == "cifar")
+        self.classifier = nn.Linear(c_prev, classes)
+
+    def set_drop_path(self, rate: float) -> None:
+        """Set the probability with which each path of a sample is dropped in training (DARTS: 0.2 epoch / epochs)."""
+        for module in self.modules():
+            if isinstance(module, DropPath):
+                module.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, H, W] -> logits [B, classes]."""
+        return self._run(x)[0]
+
+    def forward_with_auxiliary(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the network and of the auxiliary head, both [B, classes]; None without that head."""
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        auxiliary_logits = None
+        s0, s1 = self.stem(x)
+        for index, cell in enumerate(self.cells):
+            s0, s1 = s1, cell(s0, s1)
+            if self.auxiliary is not None and self.training and index == self.auxiliary_after:
+                auxiliary_logits = self.auxiliary(s1)
+        return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1)), auxiliary_logits

@@ -1,0 +1,63 @@
+"""Architecture parameters of a continuous relaxation: alpha, and beta for edge normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastnas.spaces.darts import DartsSpace
+
+INITIAL_SCALE = 1e-3  # alpha and beta start at 1e-3 N(0, 1), as in the released DARTS and PC-DARTS code
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights of all candidates of all edges, for one forward pass.
+
+    `normal`, `reduce`: [E, O], float32. `normal_edges`, `reduce_edges`: [E] or None (every edge counts fully).
+    """
+
+    normal: Tensor
+    reduce: Tensor
+    normal_edges: Tensor | None = None
+    reduce_edges: Tensor | None = None
+
+    def detach(self) -> Mixture:
+        """The same weights as constants, for a pass that needs no architecture gradient."""
+        parts = (self.normal, self.reduce, self.normal_edges, self.reduce_edges)
+        return Mixture(*(None if part is None else part.detach() for part in parts))  # type: ignore[arg-type]
+
+
+class Alphas(nn.Module):
+    """alpha [E, O] for each cell type, shared by all its cells, and beta [E] where edges are normalised.
+
+    Calling it gives the Mixture: softmax over the candidates (DARTS, eq. 2) and, for beta, softmax over the edges
+    that end in the same node (PC-DARTS, eq. 2).
+    """
+
+    def __init__(
+        self, space: DartsSpace, *, edge_normalisation: bool = False, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.space = space
+
+        def start(*shape: int) -> nn.Parameter:
+            return nn.Parameter(INITIAL_SCALE * torch.randn(*shape, generator=generator))
+
+        edges, candidates = space.num_edges, len(space.candidates)
+        self.alpha_normal, self.alpha_reduce = start(edges, candidates), start(edges, candidates)
+        self.edge_normalisation = edge_normalisation
+        if edge_normalisation:
+            self.beta_normal, self.beta_reduce = start(edges), start(edges)
+
+    def forward(self) -> Mixture:
+        normal, reduce = self.alpha_normal.softmax(-1), self.alpha_reduce.softmax(-1)
+        if not self.edge_normalisation:
+            return Mixture(normal, reduce)
+        return Mixture(normal, reduce, self._per_node(self.beta_normal), self._per_node(self.beta_reduce))
+
+    def _per_node(self, beta: Tensor) -> Tensor:
+        nodes = range(self.space.nodes)
+        return torch.cat([beta[self.space.edge_slice(node)].softmax(0) for node in nodes])

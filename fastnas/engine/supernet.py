@@ -1,0 +1,133 @@
+"""The plain supernet executor: standard modules, one call a candidate. The oracle and the honest baseline."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnas.engine.mixture import Mixture
+from fastnas.engine.stems import build_stem
+from fastnas.errors import UserError
+from fastnas.nn import FactorizedReduce, MixedOp, ReLUConvBN
+from fastnas.ops import mixed_sum
+from fastnas.spaces.darts import DartsSpace, reduction_cells
+from fastnas.spaces.genotype import Genotype, Node
+
+
+class SupernetCell(nn.Module):
+    """A cell that holds every candidate of every edge; runs all of them, or one sampled path."""
+
+    def __init__(
+        self,
+        space: DartsSpace,
+        c_prev_prev: int,
+        c_prev: int,
+        channels: int,
+        *,
+        reduction: bool,
+        previous_reduces: bool,
+        k: int,
+    ) -> None:
+        super().__init__()
+        self.space = space
+        self.reduction = reduction
+        preprocess = FactorizedReduce if previous_reduces else ReLUConvBN
+        self.preprocess0 = preprocess(c_prev_prev, channels, affine=False)
+        self.preprocess1 = ReLUConvBN(c_prev, channels, affine=False)
+        self.edges = nn.ModuleList(
+            MixedOp(space.candidates, channels, 2 if reduction and source < 2 else 1, k=k) for source in space.sources
+        )
+
+    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None) -> Tensor:
+        """weights [E, O], edge_weights [E] or None -> the concatenation of the nodes, [B, nodes * C, H', W']."""
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for node in range(self.space.nodes):
+            span = self.space.edge_slice(node)
+            outputs = [
+                edge(state, weight) for edge, state, weight in zip(self.edges[span], states, weights[span], strict=True)
+            ]
+            states.append(
+                reduce(operator.add, outputs) if edge_weights is None else mixed_sum(outputs, edge_weights[span])
+            )
+        return torch.cat(states[2:], dim=1)
+
+    def forward_path(self, s0: Tensor, s1: Tensor, nodes: Sequence[Node]) -> Tensor:
+        """Run only the candidates that the genotype's cell names."""
+        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        for node, pairs in enumerate(nodes):
+            first_edge = self.space.edge_slice(node).start
+            outputs = [
+                self.edges[first_edge + source].forward_candidate(states[source], self.space.candidates.index(name))
+                for name, source in pairs
+            ]
+            states.append(reduce(operator.add, outputs))
+        return torch.cat(states[2:], dim=1)
+
+
+class Supernet(nn.Module):
+    """The over-parameterised network of weight sharing: stem, cells, global average pool, linear classifier.
+
+    `channels`: C of the first cells, doubled at each of the two reduction cells (at a third and at two thirds);
+    `k`: partial channels 1/K (PC-DARTS); `stem`: "cifar" or "imagenet". Its parameters are the shared weights only;
+    the architecture comes with each call.
+    """
+
+    def __init__(
+        self,
+        space: DartsSpace,
+        *,
+        channels: int,
+        cells: int,
+        classes: int,
+        in_channels: int = 3,
+        k: int = 1,
+        stem: str = "cifar",
+    ) -> None:
+        super().__init__()
+        if channels % (2 * k):
+            raise UserError(
+                f"channels must be a multiple of 2k = {2 * k} so that 1/k of them can be selected, got {channels}"
+            )
+        self.space = space
+        self.stem = build_stem(stem, in_channels, channels)
+        c_prev_prev = c_prev = self.stem.out_channels
+        previous_reduces = self.stem.reduces_at_end
+        self.cells = nn.ModuleList()
+        for index in range(cells):
+            reduction = index in reduction_cells(cells)
+            channels = 2 * channels if reduction else channels
+            self.cells.append(
+                SupernetCell(
+                    space,
+                    c_prev_prev,
+                    c_prev,
+                    channels,
+                    reduction=reduction,
+                    previous_reduces=previous_reduces,
+                    k=k,
+                )
+            )
+            c_prev_prev, c_prev, previous_reduces = c_prev, space.nodes * channels, reduction
+        self.classifier = nn.Linear(c_prev, classes)
+
+    def forward(self, x: Tensor, architecture: Mixture | Genotype) -> Tensor:
+        """x [B, in_channels, H, W] -> logits [B, classes].
+
+        A Mixture runs every candidate (DARTS, eq. 2); a Genotype runs its sampled path alone, at the cost and
+        memory of one child network.
+        """
+        s0, s1 = self.stem(x)
+        for cell in self.cells:
+            if isinstance(architecture, Genotype):
+                nodes = architecture.reduce if cell.reduction else architecture.normal
+                s0, s1 = s1, cell.forward_path(s0, s1, nodes)
+            elif cell.reduction:
+                s0, s1 = s1, cell(s0, s1, architecture.reduce, architecture.reduce_edges)
+            else:
+                s0, s1 = s1, cell(s0, s1, architecture.normal, architecture.normal_edges)
+        return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))

@@ -1,0 +1,95 @@
+"""The pieces of a training step that every method and retraining share."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+
+
+def cosine(epoch: int, epochs: int, start: float, end: float) -> float:
+    """Learning rate of `epoch` (from 0): cosine from `start` towards `end`, one value an epoch, no restart."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within the block no parameter of `module` asks for a gradient, so none of its inputs is kept for one."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Within the block batch normalisation uses the batch's statistics, also in evaluation, and updates nothing.
+
+    Sampled paths need it: the running statistics of a shared operation mix all the paths that led to it.
+    """
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    before = [(norm, norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, training, momentum in before:
+            norm.train(training)
+            norm.momentum = momentum
+
+
+def assign_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of right answers, as a tensor on the device: no host sync."""
+    return (logits.argmax(-1) == labels).float().mean()
+
+
+@torch.no_grad()
+def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> dict[str, float]:
+    """Mean cross-entropy and accuracy of `predict` over `batches`. Raises ValueError when there is no batch."""
+    loss = correct = count = torch.zeros(())
+    for x, y in batches:
+        logits = predict(x)
+        loss = loss + F.cross_entropy(logits.float(), y, reduction="sum").cpu()
+        correct = correct + (logits.argmax(-1) == y).sum().cpu()
+        count = count + len(y)
+    if not count:
+        raise ValueError("evaluate: there is no batch to evaluate on")
+    return {"loss": float(loss / count), "accuracy": float(correct / count)}
+
+
+class Means:
+    """Means over an epoch's steps, summed on the device and read once."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        self.steps += 1
+        for key, value in figures.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
+
+    def read(self) -> dict[str, float]:
+        return {key: float(value) / self.steps for key, value in self.sums.items()}

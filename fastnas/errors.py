@@ -1,0 +1,21 @@
+"""The error for a person's wrong input, and the hint that names the nearest right word."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input of a person: a setting, a path, a file.
+
+    The text is a clear sentence or two: what was wrong, where, and what to do. Command lines print it as one
+    line and exit with code 2; library code may catch it as a ``ValueError``.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'batch_size'?"`` for the known word nearest to ``word``, ``""`` if none is near."""
+    by_lower_case = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower_case[near[0]]!r}?" if near else ""

@@ -1,0 +1,207 @@
+"""DARTS (Liu, Simonyan and Yang 2019): bilevel optimisation of a continuous relaxation.
+
+    min_alpha L_val(w*(alpha), alpha)   with   w*(alpha) = argmin_w L_train(w, alpha)            (eq. 3, 4)
+
+Each step updates alpha on a batch of the search half, then w on a batch of the training half (Algorithm 1).
+First order takes dL_val(w, alpha)/dalpha. Second order looks one weight step ahead, w' = w - xi dL_train/dw:
+
+    dL_val(w', alpha)/dalpha - xi (dL_train(w+, alpha)/dalpha - dL_train(w-, alpha)/dalpha) / (2 eps),   (eq. 7, 8)
+    w+- = w +- eps dL_val(w', alpha)/dw',   eps = 0.01 / ||dL_val(w', alpha)/dw'||
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnas.config import option
+from fastnas.engine.mixture import Alphas
+from fastnas.engine.supernet import Supernet
+from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine, evaluate, frozen, set_learning_rate
+from fastnas.methods.base import Problem
+from fastnas.spaces.derive import derive_top2
+from fastnas.spaces.genotype import Genotype
+
+FINITE_DIFFERENCE = 1e-2  # eps times the gradient's norm, section 2.3
+
+
+@dataclass(frozen=True)
+class DartsSettings:
+    """Settings of the architecture step; the defaults are the paper's (appendix A.1)."""
+
+    order: int = option(1, "1: first order, fast; 2: second order, looks one weight step ahead", choices=(1, 2))
+    arch_lr: float = option(3e-4, "learning rate of Adam for the architecture parameters", above=0)
+    arch_betas: tuple[float, ...] = option((0.5, 0.999), "the two decay rates of that Adam", minimum=0, maximum=1)
+    arch_weight_decay: float = option(1e-3, "L2 penalty of the architecture parameters", minimum=0)
+    warmup_epochs: int = option(0, "epochs at the start in which only weights are trained", minimum=0)
+    partial: int = option(1, "K: only 1/K of the channels pass the candidates (PC-DARTS); 1 is all", minimum=1)
+    edge_normalisation: bool = option(False, "weigh the edges of a node by a softmax of beta (PC-DARTS)")
+
+
+class Darts:
+    """DARTS, and with partial channels and edge normalisation PC-DARTS: see `fastnas.methods.pc_darts`."""
+
+    name: ClassVar[str] = "darts"
+    Settings: ClassVar[type] = DartsSettings
+
+    def __init__(self, settings: DartsSettings, problem: Problem) -> None:
+        weights = problem.weights
+        self.settings, self.weights = settings, weights
+        self.supernet = Supernet(
+            problem.space,
+            channels=weights.channels,
+            cells=weights.cells,
+            classes=problem.classes,
+            in_channels=problem.in_channels,
+            k=settings.partial,
+            stem=weights.stem,
+        ).to(problem.device)
+        self.alphas = Alphas(
+            problem.space, edge_normalisation=settings.edge_normalisation, generator=problem.generator(0)
+        ).to(problem.device)
+        self.parameters = list(self.supernet.parameters())
+        self.weight_optimizer = torch.optim.SGD(
+            self.parameters, weights.lr, weights.momentum, weight_decay=weights.weight_decay
+        )
+        self.arch_optimizer = torch.optim.Adam(
+            self.alphas.parameters(),
+            settings.arch_lr,
+            betas=settings.arch_betas,
+            weight_decay=settings.arch_weight_decay,
+        )
+        self.searching = False
+
+    def start_epoch(self, epoch: int) -> None:
+        self.supernet.train()
+        self.rate = cosine(epoch, self.weights.epochs, self.weights.lr, self.weights.lr_min)
+        set_learning_rate(self.weight_optimizer, self.rate)
+        self.searching = epoch >= self.settings.warmup_epochs
+
+    def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
+        figures = {}
+        if self.searching:
+            figures["search_loss"] = self.architecture_step(train, search)
+        return figures | self.weight_step(train)
+
+    def weight_step(self, train: Batch) -> dict[str, Tensor]:
+        """One SGD step on w; alpha is a constant, so nothing is kept for its gradient."""
+        x, y = train
+        logits = self.supernet(x, self.alphas().detach())
+        loss = F.cross_entropy(logits, y)
+        assign_gradients(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.weights.grad_clip)
+        self.weight_optimizer.step()
+        return {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
+
+    def architecture_step(self, train: Batch, search: Batch) -> Tensor:
+        """One Adam step on alpha (and beta); returns L_val."""
+        gradient = self.first_order_gradient if self.settings.order == 1 else self.second_order_gradient
+        loss, gradients = gradient(train, search)
+        assign_gradients(list(self.alphas.parameters()), gradients)
+        self.arch_optimizer.step()
+        return loss
+
+    def first_order_gradient(self, train: Batch, search: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        """L_val(w, alpha) and its gradient by alpha; the weights are frozen, so their gradients cost nothing."""
+        with frozen(self.supernet):
+            return self._alpha_gradient(search)
+
+    def second_order_gradient(self, train: Batch, search: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        """Equations 7 and 8: the gradient at w' less xi times the finite-difference Hessian-vector product.
+
+        xi is the current learning rate. w' is one step of SGD with momentum and weight decay that leaves the momentum
+        buffers alone. The weights end exactly as they began, and the pass at w' leaves no trace in the running
+        statistics, while the three at w and w+- do, as in the released code.
+        """
+        parameters = self.parameters
+        start = [parameter.detach().clone() for parameter in parameters]
+        loss = F.cross_entropy(self.supernet(train[0], self.alphas().detach()), train[1])
+        direction = self._sgd_direction(torch.autograd.grad(loss, parameters, allow_unused=True))
+        with torch.no_grad():
+            torch._foreach_add_(parameters, direction, alpha=-self.rate)
+
+        buffers = [buffer.clone() for buffer in self.supernet.buffers()]
+        alphas = list(self.alphas.parameters())
+        search_loss = F.cross_entropy(self.supernet(search[0], self.alphas()), search[1])
+        gradients = torch.autograd.grad(search_loss, alphas + parameters, allow_unused=True)
+        gradients, vector = list(gradients[: len(alphas)]), _zero_for_none(gradients[len(alphas) :], parameters)
+        with torch.no_grad():
+            for buffer, before in zip(self.supernet.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+
+        norm = torch.linalg.vector_norm(torch.stack([part.norm() for part in vector]))
+        epsilon = FINITE_DIFFERENCE / norm
+        steps = [epsilon * part for part in vector]
+        sides = []
+        for sign in (1.0, -1.0):
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, start)
+                torch._foreach_add_(parameters, steps, alpha=sign)
+            with frozen(self.supernet):
+                sides.append(self._alpha_gradient(train)[1])
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, start)
+        total = [
+            gradient - self.rate * (plus - minus) / (2 * epsilon)
+            for gradient, plus, minus in zip(gradients, *sides, strict=True)
+        ]
+        return search_loss.detach(), total
+
+    def _alpha_gradient(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        x, y = batch
+        loss = F.cross_entropy(self.supernet(x, self.alphas()), y)
+        return loss.detach(), torch.autograd.grad(loss, list(self.alphas.parameters()))
+
+    def _sgd_direction(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """dL/dw + weight decay w + momentum buffer: what one SGD step would move along, its buffers unchanged."""
+        directions = []
+        for parameter, gradient in zip(self.parameters, _zero_for_none(gradients, self.parameters), strict=True):
+            direction = gradient + self.weights.weight_decay * parameter.detach()
+            buffer = self.weight_optimizer.state.get(parameter, {}).get("momentum_buffer")
+            directions.append(direction if buffer is None else direction + self.weights.momentum * buffer)
+        return directions
+
+    def end_epoch(self, search: Iterable[Batch]) -> dict[str, float]:
+        self.supernet.eval()
+        with torch.no_grad():
+            mixture = self.alphas()
+            entropies = [-(w * w.log()).sum(-1).mean() for w in (mixture.normal, mixture.reduce)]
+        figures = evaluate(lambda x: self.supernet(x, mixture), search)
+        return {
+            "search_accuracy": figures["accuracy"],
+            "entropy_normal": float(entropies[0]),
+            "entropy_reduce": float(entropies[1]),
+            "entropy": float(sum(entropies) / 2),
+        }
+
+    def derive(self) -> Genotype:
+        mixture = self.alphas().detach()
+        return derive_top2(
+            self.alphas.space, mixture.normal, mixture.reduce, mixture.normal_edges, mixture.reduce_edges
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "supernet": self.supernet.state_dict(),
+            "alphas": self.alphas.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "arch_optimizer": self.arch_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.supernet.load_state_dict(state["supernet"])
+        self.alphas.load_state_dict(state["alphas"])
+        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+
+
+def _zero_for_none(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        torch.zeros_like(parameter) if gradient is None else gradient
+        for gradient, parameter in zip(gradients, parameters, strict=True)
+    ]

@@ -1,0 +1,229 @@
+"""PARSEC (Casale, Gordon and Fusi 2019): empirical Bayes over architectures, at one child's memory.
+
+An architecture alpha has two slots a node, each one draw from a categorical over (input, candidate) pairs:
+
+    p(alpha | pi) = prod_n prod_{i=1,2} Cat(alpha_{n,i} | pi_{n,i})                                      (eq. 4, 5)
+
+With K samples from it, the gradients of log p(y | X, v, pi) are importance-weighted averages (eq. 8):
+
+    grad_v  = sum_k w_k grad_v log p(y_train | X_train, v, alpha_k)
+    grad_pi = sum_k w_k grad_pi log p(alpha_k | pi),     w_k = p(y_search | ., alpha_k) / sum_j p(y_search | ., alpha_j)
+
+pi is a softmax of logits that start at 0 (uniform; the paper gives no start). The search is Algorithm 1; it ends with
+the mode of p(alpha | pi).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnas.config import option
+from fastnas.engine.supernet import Supernet
+from fastnas.engine.training import (
+    Batch,
+    accuracy,
+    assign_gradients,
+    batch_statistics,
+    cosine,
+    evaluate,
+    set_learning_rate,
+)
+from fastnas.methods.base import Problem
+from fastnas.spaces.darts import DartsSpace
+from fastnas.spaces.genotype import Genotype, Node
+
+SLOTS = 2
+NEGLIGIBLE = 1e-4  # a child of smaller importance weight moves the gradient by less than rounding does: no backward
+
+Choices = list[Tensor]  # for normal and reduction nodes in turn: int64 [K, 2], the pair chosen in each slot
+
+
+@dataclass(frozen=True)
+class ParsecSettings:
+    """The defaults are the paper's (section 4.1), but for `likelihood`, which it leaves open."""
+
+    samples: int = option(16, "K: architectures sampled a step; more explore more", minimum=1)
+    arch_lr: float = option(0.02, "learning rate of Adam for pi", above=0)
+    arch_betas: tuple[float, ...] = option((0.5, 0.999), "the two decay rates of that Adam", minimum=0, maximum=1)
+    likelihood: str = option(
+        "sum",
+        "log-likelihood of the search batch: the sum over its images is the paper's formula, the mean tempers it",
+        choices=("sum", "mean"),
+    )
+
+
+class SlotDistribution(nn.Module):
+    """p(alpha | pi): for node n of each cell type, logits [2, (2 + n) * O] over (input, candidate) pairs."""
+
+    def __init__(self, space: DartsSpace) -> None:
+        super().__init__()
+        self.space = space
+        self.names = space.candidates_without_none
+        self.logits = nn.ParameterList(
+            torch.zeros(SLOTS, (2 + node) * len(self.names))
+            for _ in ("normal", "reduce")
+            for node in range(space.nodes)
+        )
+
+    def sample(self, count: int, generator: torch.Generator) -> Choices:
+        """Draw `count` architectures; the noise comes from the CPU `generator`, so every device draws the same."""
+        choices = []
+        for logits in self.logits:
+            uniform = torch.rand(count, *logits.shape, generator=generator, dtype=torch.float64)
+            exponential = -torch.log1p(-uniform)  # the smallest of E_i / p_i is i with probability p_i
+            race = exponential / logits.detach().double().cpu().softmax(-1)
+            choices.append(race.argmin(-1))
+        return choices
+
+    def log_prob(self, choices: Choices) -> Tensor:
+        """log p(alpha_k | pi) of each sample, float32 [K]."""
+        total = 0.0
+        for logits, chosen in zip(self.logits, choices, strict=True):
+            log_pi = logits.log_softmax(-1).expand(len(chosen), -1, -1)
+            total = total + log_pi.gather(-1, chosen.to(logits.device)[..., None]).sum((-2, -1))
+        return total
+
+    def mode(self) -> Genotype:
+        """The most probable architecture: slots are independent, so the best pair of each slot."""
+        return self.genotype([logits.argmax(-1)[None] for logits in self.logits], 0)
+
+    def genotype(self, choices: Choices, k: int) -> Genotype:
+        """Sample k as a genotype."""
+        space, operations = self.space, len(self.names)
+        nodes: list[Node] = [
+            tuple((self.names[pair % operations], pair // operations) for pair in chosen[k].tolist())
+            for chosen in choices
+        ]
+        return Genotype(
+            tuple(nodes[: space.nodes]), tuple(nodes[space.nodes :]), space.concat, space.concat, rule="mode"
+        )
+
+    @torch.no_grad()
+    def entropies(self) -> tuple[float, float]:
+        """Entropy of the normal and of the reduction cell's distribution, in nats (the paper's Figure 3b)."""
+        each = [float(-(logits.softmax(-1) * logits.log_softmax(-1)).sum()) for logits in self.logits]
+        return sum(each[: self.space.nodes]), sum(each[self.space.nodes :])
+
+
+def importance_weights(log_likelihoods: Tensor) -> Tensor:
+    """w_k = p_k / sum_j p_j from log p_k, [K] -> [K], in log space and float64 so that no p underflows."""
+    return log_likelihoods.double().softmax(-1)
+
+
+class Parsec:
+    """See the module's docstring. One child at a time is in memory, whatever K is."""
+
+    name: ClassVar[str] = "parsec"
+    Settings: ClassVar[type] = ParsecSettings
+
+    def __init__(self, settings: ParsecSettings, problem: Problem) -> None:
+        weights = problem.weights
+        self.settings, self.weights, self.problem = settings, weights, problem
+        self.supernet = Supernet(
+            problem.space,
+            channels=weights.channels,
+            cells=weights.cells,
+            classes=problem.classes,
+            in_channels=problem.in_channels,
+            stem=weights.stem,
+        ).to(problem.device)
+        self.distribution = SlotDistribution(problem.space).to(problem.device)
+        self.parameters = list(self.supernet.parameters())
+        self.weight_optimizer = torch.optim.SGD(
+            self.parameters, weights.lr, weights.momentum, weight_decay=weights.weight_decay
+        )
+        self.arch_optimizer = torch.optim.Adam(
+            self.distribution.parameters(), settings.arch_lr, betas=settings.arch_betas
+        )
+
+    def start_epoch(self, epoch: int) -> None:
+        self.supernet.train()
+        set_learning_rate(
+            self.weight_optimizer, cosine(epoch, self.weights.epochs, self.weights.lr, self.weights.lr_min)
+        )
+
+    def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
+        """One round of Algorithm 1."""
+        choices = self.distribution.sample(self.settings.samples, self.problem.generator(1, index))
+        children = [self.distribution.genotype(choices, k) for k in range(self.settings.samples)]
+        log_likelihoods = self._log_likelihoods(children, search)
+        weights = importance_weights(log_likelihoods)
+        figures = self._weight_step(children, weights.tolist(), train)
+
+        log_prob = self.distribution.log_prob(choices)
+        gradients = torch.autograd.grad(-(weights.to(log_prob) @ log_prob), list(self.distribution.parameters()))
+        assign_gradients(list(self.distribution.parameters()), gradients)
+        self.arch_optimizer.step()
+        per_image = 1 if self.settings.likelihood == "mean" else len(search[1])
+        return figures | {
+            "search_loss": -log_likelihoods.mean() / per_image,
+            "effective_samples": 1 / weights.square().sum(),
+        }
+
+    @torch.no_grad()
+    def _log_likelihoods(self, children: Sequence[Genotype], search: Batch) -> Tensor:
+        """log p(y | X, v, alpha_k) of the search batch, float32 [K]; forward passes alone, nothing is kept."""
+        x, y = search
+        with batch_statistics(self.supernet):
+            losses = [
+                F.cross_entropy(self.supernet(x, child), y, reduction=self.settings.likelihood) for child in children
+            ]
+        return -torch.stack(losses)
+
+    def _weight_step(self, children: Sequence[Genotype], weights: Sequence[float], train: Batch) -> dict[str, Tensor]:
+        """grad_v of eq. 8 child by child, then one SGD step. An operation that no child used stays untouched:
+        its gradient is None, so that it sees neither weight decay nor momentum.
+
+        log p(y_train) is taken as the mean over the batch, so that the learning rate means what it does in DARTS.
+        """
+        x, y = train
+        self.weight_optimizer.zero_grad(set_to_none=True)
+        total_loss = total_accuracy = torch.zeros((), device=x.device)
+        for child, weight in zip(children, weights, strict=True):
+            if weight < NEGLIGIBLE:
+                continue
+            logits = self.supernet(x, child)
+            loss = F.cross_entropy(logits, y)
+            (weight * loss).backward()
+            total_loss = total_loss + weight * loss.detach()
+            total_accuracy = total_accuracy + weight * accuracy(logits.detach(), y)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.weights.grad_clip)
+        self.weight_optimizer.step()
+        return {"loss": total_loss, "accuracy": total_accuracy}
+
+    def end_epoch(self, search: Iterable[Batch]) -> dict[str, float]:
+        """Accuracy of the mode with the shared weights (the paper's Figure 3a) and the entropies (Figure 3b)."""
+        mode = self.distribution.mode()
+        self.supernet.eval()
+        with batch_statistics(self.supernet):
+            figures = evaluate(lambda x: self.supernet(x, mode), search)
+        normal, reduce = self.distribution.entropies()
+        return {
+            "search_accuracy": figures["accuracy"],
+            "entropy_normal": normal,
+            "entropy_reduce": reduce,
+            "entropy": normal + reduce,
+        }
+
+    def derive(self) -> Genotype:
+        return self.distribution.mode()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "supernet": self.supernet.state_dict(),
+            "distribution": self.distribution.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "arch_optimizer": self.arch_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.supernet.load_state_dict(state["supernet"])
+        self.distribution.load_state_dict(state["distribution"])
+        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        self.arch_optimizer.load_state_dict(state["arch_optimizer"])

@@ -1,0 +1,21 @@
+"""The drop-in ops. Importing this package defines their schemas and loads the compiled library if it is there."""
+
+from __future__ import annotations
+
+from fastnas import _backends
+from fastnas.ops.gumbel_softmax import gumbel_softmax
+from fastnas.ops.mixed_sum import mixed_sum
+from fastnas.ops.partial_shuffle import partial_shuffle, sample_channels
+from fastnas.ops.path_dropout import drop_path, path_dropout, sample_path_mask
+
+_backends.bind()
+
+__all__ = [
+    "drop_path",
+    "gumbel_softmax",
+    "mixed_sum",
+    "partial_shuffle",
+    "path_dropout",
+    "sample_channels",
+    "sample_path_mask",
+]

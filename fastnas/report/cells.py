@@ -1,0 +1,284 @@
+"""The cells of a genotype as a picture and as text.
+
+The picture is a staircase. Each state, an input or a node, has a row of its own and sends a rail to the
+right; each node has a column. The operation from state s to node t is a label at row s and column t: below
+the rail of s and left of the lines that lead down to t. So no label can meet another label or a line,
+whatever the genotype.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.sax.saxutils import escape
+
+_FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
+_INK, _MUTED, _RAIL, _PANEL, _BORDER = "#0f172a", "#64748b", "#475569", "#f8fafc", "#e2e8f0"
+
+_CHARACTER = 7.2  # px of one character of a label: wide enough for the widest usual sans-serif font
+_LABEL_HEIGHT, _NODE_HEIGHT = 24, 36
+_BELOW_RAIL = 34  # from a rail to the middle of the first label below it
+_ROW, _STACKED = 78, 30  # height of a row, and of each further label of one row and column
+_PAD, _HEADER, _LEGEND, _GAP = 28, 76, 52, 24
+_INPUT_WIDTH, _OUTPUT_WIDTH = 56, 58
+_BRANCH, _LANE = 26, 9  # width of the curve from a rail to a label, and of one line that leads down
+
+_Nodes = Sequence[Sequence[tuple[str, int]]]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    title: str
+    prefixes: tuple[str, ...]
+    line: str
+    fill: str
+
+
+_OTHER = _Kind("other operation", (), "#db2777", "#fce7f3")
+_KINDS = (
+    _Kind("separable convolution", ("sep_conv",), "#2563eb", "#dbeafe"),
+    _Kind("dilated convolution", ("dil_conv",), "#7c3aed", "#ede9fe"),
+    _Kind("pooling", ("max_pool", "avg_pool"), "#d97706", "#fef3c7"),
+    _Kind("skip connection", ("skip", "identity"), "#059669", "#d1fae5"),
+    _Kind("none", ("none",), "#94a3b8", "#f1f5f9"),
+    _OTHER,
+)
+
+
+def _kind(name: str) -> _Kind:
+    return next((kind for kind in _KINDS if kind.prefixes and name.startswith(kind.prefixes)), _OTHER)
+
+
+def _label(name: str) -> str:
+    """``sep_conv_3x3`` -> ``sep 3×3``."""
+    name = "skip" if name == "skip_connect" else re.sub("_(conv|pool)_", " ", name)
+    text = re.sub(r"(\d)x(\d)", r"\1×\2", name.replace("_", " "))
+    return text if len(text) <= 22 else text[:21] + "…"
+
+
+def describe_cells(genotype: Any) -> str:
+    """Both cells as aligned text, one node a line."""
+    lines = []
+    for title, nodes, concat in _cells(genotype):
+        lines.append(title)
+        terms = [[f"{name}({_state(source)})" for name, source in node] for node in nodes]
+        width = max((len(term) for node in terms for term in node), default=0)
+        for index, node in enumerate(terms):
+            lines.append(f"  node {index} = " + " + ".join(term.ljust(width) for term in node).rstrip())
+        lines.append(f"  output = concat({', '.join(map(_state, concat))})")
+    return "\n".join(lines) + "\n"
+
+
+def draw_cells(genotype: Any) -> str:
+    """One self-contained SVG of the normal and the reduction cell, side by side.
+
+    ``genotype`` has the attributes of `fastnas.spaces.genotype.Genotype`: ``normal`` and ``reduce``, for each
+    node its (candidate name, input state) pairs, with ``normal_concat`` and ``reduce_concat``.
+    """
+    cells = _cells(genotype)
+    panels = [_Panel(title, nodes, concat) for title, nodes, concat in cells]
+    used = {_kind(name) for _, nodes, _ in cells for node in nodes for name, _ in node}
+    legend, legend_width = _legend([kind for kind in _KINDS if kind in used])
+    width = max(sum(panel.width for panel in panels) + 3 * _GAP, legend_width + 2 * _GAP)
+    height = max(panel.height for panel in panels)
+    body, x = [], _GAP
+    for panel in panels:
+        body.append(f'<g transform="translate({x:g} {_GAP})">{panel.draw(height)}</g>')
+        x += panel.width + _GAP
+    body.append(f'<g transform="translate({_GAP} {_GAP + height + _LEGEND / 2:g})">{legend}</g>')
+    full_height = height + _GAP + _LEGEND
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{width:g}" height="{full_height:g}" '
+        f'viewBox="0 0 {width:g} {full_height:g}" font-family="{_FONT}" font-size="12" fill="{_INK}">'
+        f"<title>Normal and reduction cell</title><desc>{escape(describe_cells(genotype))}</desc>"
+        f'<rect width="100%" height="100%" fill="#ffffff"/>{"".join(body)}</svg>\n'
+    )
+
+
+def _cells(genotype: Any) -> list[tuple[str, _Nodes, Sequence[int]]]:
+    return [
+        ("Normal cell", genotype.normal, genotype.normal_concat),
+        ("Reduction cell", genotype.reduce, genotype.reduce_concat),
+    ]
+
+
+def _state(state: int) -> str:
+    return ("c_{k-2}", "c_{k-1}")[state] if state < 2 else f"node {state - 2}"
+
+
+@dataclass(frozen=True)
+class _Edge:
+    name: str
+    source: int
+    target: int  # a node's index, whose state is target + 2
+    level: int  # how many labels lie above this one at its row and column
+    lane: int  # which of the lines into the target is its own, from the left
+
+
+class _Panel:
+    """One cell, laid out and ready to draw."""
+
+    def __init__(self, title: str, nodes: _Nodes, concat: Sequence[int]) -> None:
+        self.title, self.nodes, self.concat = title, nodes, sorted(set(concat))
+        self.note = "a node is the sum of what enters it"
+        if title == "Reduction cell":
+            self.note += "; operations on the two inputs have stride 2"
+        self.edges = [edge for target, node in enumerate(nodes) for edge in _edges_into(target, node)]
+        self._place_rows()
+        self._place_columns()
+
+    def _place_rows(self) -> None:
+        self.rail_y = [float(_HEADER + _NODE_HEIGHT / 2)]
+        for state in range(len(self.nodes) + 2):
+            levels = max((edge.level for edge in self.edges if edge.source == state), default=0)
+            self.rail_y.append(self.rail_y[-1] + _ROW + levels * _STACKED)
+        self.height = self.rail_y[-2] + _NODE_HEIGHT / 2 + _PAD
+
+    def _place_columns(self) -> None:
+        self.label_x, self.label_width, self.node_x, self.node_width = [], [], [], []
+        x = float(_PAD + _INPUT_WIDTH)
+        for node in self.nodes:
+            text = max((len(_label(name)) for name, _ in node), default=0)
+            lanes = max(len(node), 1) * _LANE
+            self.label_width.append(text * _CHARACTER + 20)
+            self.label_x.append(x + 8 + _BRANCH)
+            self.node_width.append(max(lanes + 12, _NODE_HEIGHT))
+            right = self.label_x[-1] + self.label_width[-1]
+            self.node_x.append(right + 14 + self.node_width[-1] / 2)
+            x = self.node_x[-1] + self.node_width[-1] / 2
+        self.output_x = x + 40
+        self.width = max(self.output_x + _OUTPUT_WIDTH, _PAD + len(self.note) * 6.5) + _PAD
+
+    def draw(self, height: float) -> str:
+        """SVG of the panel, ``height`` high. Rails come first: the lines that cross them lie above."""
+        states = range(len(self.nodes) + 2)
+        size = f'width="{self.width:g}" height="{height:g}"'
+        parts = [f'<rect {size} rx="14" fill="{_PANEL}" stroke="{_BORDER}"/>']
+        parts.append(_text(_PAD, 34, self.title, size=17, weight="bold", anchor="start"))
+        parts.append(_text(_PAD, 53, self.note, size=11, fill=_MUTED, anchor="start"))
+        parts += [self._draw_rail(state) for state in states]
+        parts += [self._draw_edge(edge) for edge in self.edges]
+        parts += [self._draw_branch_points(state) for state in states]
+        parts += [self._draw_state(state) for state in states]
+        parts.append(self._draw_output())
+        return "".join(parts)
+
+    def _branches(self, state: int) -> list[float]:
+        """Where labels branch off the rail of a state, from the left."""
+        targets = {edge.target for edge in self.edges if edge.source == state}
+        return [self.label_x[target] - _BRANCH for target in sorted(targets)]
+
+    def _draw_rail(self, state: int) -> str:
+        y = self.rail_y[state]
+        start = float(_PAD + _INPUT_WIDTH)
+        if state >= 2:
+            start = self.node_x[state - 2] + self.node_width[state - 2] / 2
+        if state in self.concat:
+            end, arrow = self.output_x - 6, _arrow(self.output_x, y, _RAIL, down=False)
+        else:
+            end, arrow = max(self._branches(state), default=start), ""
+        return f'<path d="M{start:g} {y:g}H{end:g}" stroke="{_RAIL}" stroke-width="2"/>{arrow}'
+
+    def _draw_branch_points(self, state: int) -> str:
+        """Dots where a rail goes on beyond a branch."""
+        branches = self._branches(state) if state in self.concat else self._branches(state)[:-1]
+        y = self.rail_y[state]
+        return "".join(f'<circle cx="{x:g}" cy="{y:g}" r="3.5" fill="{_RAIL}"/>' for x in branches)
+
+    def _draw_edge(self, edge: _Edge) -> str:
+        kind, text = _kind(edge.name), _label(edge.name)
+        rail, left = self.rail_y[edge.source], self.label_x[edge.target]
+        y = rail + _BELOW_RAIL + edge.level * _STACKED
+        width = self.label_width[edge.target]
+        lanes = len(self.nodes[edge.target])
+        x = self.node_x[edge.target] + (edge.lane - (lanes - 1) / 2) * _LANE
+        end = self.rail_y[edge.target + 2] - _NODE_HEIGHT / 2
+        branch = f"M{left - _BRANCH:g} {rail:g}c{_BRANCH / 2:g} 0 0 {y - rail:g} {_BRANCH} {y - rail:g}"
+        way_down = f"M{left + width:g} {y:g}H{x - 9:g}q9 0 9 9V{end - 6:g}"
+        dash = ' stroke-dasharray="5 4"' if kind.title == "none" else ""
+        lines = f'<path d="{branch}{way_down}" stroke="{kind.line}" stroke-width="2.2" fill="none"{dash}/>'
+        return (
+            f"<g><title>{_state(edge.target + 2)}: {escape(edge.name)} of {_state(edge.source)}</title>"
+            f'<path d="{way_down}" stroke="{_PANEL}" stroke-width="10" fill="none"/>{lines}'
+            f"{_arrow(x, end, kind.line, down=True)}"
+            f"{_box(left, y - _LABEL_HEIGHT / 2, width, _LABEL_HEIGHT, 12, kind.fill, kind.line, dash)}"
+            f"{_text(left + width / 2, y, text)}</g>"
+        )
+
+    def _draw_state(self, state: int) -> str:
+        y = self.rail_y[state]
+        if state < 2:
+            box = _box(_PAD, y - _NODE_HEIGHT / 2, _INPUT_WIDTH, _NODE_HEIGHT, 8, "#e2e8f0", _RAIL)
+            return box + _subscript(_PAD + _INPUT_WIDTH / 2, y, f"k−{2 - state}")
+        x, width = self.node_x[state - 2], self.node_width[state - 2]
+        box = _box(x - width / 2, y - _NODE_HEIGHT / 2, width, _NODE_HEIGHT, 8, "#ffffff", _INK)
+        return box + _text(x, y, str(state - 2), size=14, weight="bold")
+
+    def _draw_output(self) -> str:
+        top = self.rail_y[self.concat[0]] - _NODE_HEIGHT / 2
+        bottom = self.rail_y[self.concat[-1]] + _NODE_HEIGHT / 2
+        middle, x = (top + bottom) / 2, self.output_x + _OUTPUT_WIDTH / 2
+        box = _box(self.output_x, top, _OUTPUT_WIDTH, bottom - top, 8, "#e2e8f0", _RAIL)
+        if len(self.concat) == 1:
+            return box + _subscript(x, middle, "k")
+        return box + _subscript(x, middle - 8, "k") + _text(x, middle + 12, "concat", size=11, fill=_MUTED)
+
+
+def _edges_into(target: int, node: Sequence[tuple[str, int]]) -> list[_Edge]:
+    """The edges from the top label to the lowest. The lowest gets the leftmost lane, so that no two cross."""
+    ordered = sorted(node, key=lambda pair: pair[1])
+    edges = []
+    for index, (name, source) in enumerate(ordered):
+        level = sum(earlier == source for _, earlier in ordered[:index])
+        edges.append(_Edge(name, source, target, level, lane=len(ordered) - 1 - index))
+    return edges
+
+
+def _legend(kinds: Sequence[_Kind]) -> tuple[str, float]:
+    """The legend and its width."""
+    parts, x = [], 4.0
+    for kind in kinds:
+        dash = ' stroke-dasharray="5 4"' if kind.title == "none" else ""
+        parts.append(_box(x, -8, 30, 16, 8, kind.fill, kind.line, dash))
+        parts.append(_text(x + 38, 0, kind.title, anchor="start"))
+        x += 38 + len(kind.title) * _CHARACTER + 26
+    return "".join(parts), x
+
+
+def _box(x: float, y: float, width: float, height: float, radius: float, fill: str, stroke: str, dash: str = "") -> str:
+    return (
+        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius:g}" fill="{fill}" '
+        f'stroke="{stroke}" stroke-width="1.6"{dash}/>'
+    )
+
+
+def _text(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    size: float = 12,
+    weight: str = "normal",
+    fill: str = _INK,
+    anchor: str = "middle",
+) -> str:
+    # Centred by a shift: not every viewer knows dominant-baseline.
+    return (
+        f'<text x="{x:g}" y="{y + 0.35 * size:g}" font-size="{size:g}" font-weight="{weight}" fill="{fill}" '
+        f'text-anchor="{anchor}">{escape(text)}</text>'
+    )
+
+
+def _subscript(x: float, y: float, below: str) -> str:
+    return (
+        f'<text x="{x:g}" y="{y + 3:g}" font-size="15" text-anchor="middle">c'
+        f'<tspan dy="4" font-size="10">{below}</tspan></text>'
+    )
+
+
+def _arrow(x: float, y: float, fill: str, *, down: bool) -> str:
+    """An arrow head whose tip is at (x, y)."""
+    corners = "l-4.2 -8h8.4z" if down else "l-8 -4.2v8.4z"
+    return f'<path d="M{x:g} {y:g}{corners}" fill="{fill}"/>'

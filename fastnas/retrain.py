@@ -1,0 +1,259 @@
+"""`python -m fastnas.retrain --genotype FILE|NAME`: train a derived network from scratch, test it once.
+
+As a library call: `run_retrain(resolve({"genotype": "DARTS_V2", "data": "digits"}), Path("runs/mine"))`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastnas._files import replace_file
+from fastnas.cli import ArgumentParser, run_command
+from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
+from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastnas.engine.derived import DerivedNetwork
+from fastnas.engine.stems import STEMS
+from fastnas.engine.training import Means, accuracy, cosine, evaluate, set_learning_rate
+from fastnas.errors import UserError
+from fastnas.profiler.counts import count
+from fastnas.progress import Progress
+from fastnas.report.cells import draw_cells
+from fastnas.runs import RunFolder, default_run_path
+from fastnas.settings import CHANGEABLE_ON_RESUME, DataSettings, RuntimeSettings, load_data, prepare
+from fastnas.spaces import load_genotype
+
+CHECKPOINT_KIND = "retrain"
+
+
+@dataclass(frozen=True)
+class RetrainSettings:
+    """The defaults are those of DARTS on CIFAR-10 (Liu et al. 2019, appendix A.2)."""
+
+    genotype: str = option("", "genotype: a run folder, a JSON or tuple-notation file, or a published name")
+    epochs: int = option(600, "passes over the training set", minimum=1)
+    batch_size: int = option(96, "images a step; batch normalisation needs two", minimum=2)
+    channels: int = option(36, "channels of the first cells' nodes; doubled at each reduction cell", minimum=2)
+    cells: int = option(20, "cells of the network", minimum=1)
+    stem: str = option("cifar", "layers before the first cell: full size, or three strides of 2", choices=STEMS)
+    lr: float = option(0.025, "learning rate at the start", above=0)
+    lr_min: float = option(0.0, "learning rate that the cosine schedule ends at", minimum=0)
+    momentum: float = option(0.9, "momentum of SGD", minimum=0, maximum=1)
+    weight_decay: float = option(3e-4, "L2 penalty of the weights", minimum=0)
+    grad_clip: float = option(5.0, "largest norm of the gradient", above=0)
+    auxiliary_weight: float = option(0.4, "weight of the auxiliary head's loss; 0 leaves the head out", minimum=0)
+    drop_path: float = option(0.2, "rate of drop path at the end; it rises linearly from 0", minimum=0, maximum=0.99)
+
+
+@dataclass(frozen=True)
+class Plan:
+    retrain: RetrainSettings
+    data: DataSettings
+    runtime: RuntimeSettings
+
+    def as_mapping(self) -> dict[str, Any]:
+        """One flat table, as config.toml keeps it."""
+        return {key: value for group in asdict(self).values() for key, value in group.items()}
+
+
+@dataclass(frozen=True)
+class RetrainResult:
+    """Test figures of the last epoch's network; the test set is read once, after training."""
+
+    test_accuracy: float
+    test_loss: float
+    parameters: int
+    multiply_adds: int
+    run: RunFolder
+
+
+def resolve(flags: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Plan:
+    """Settings from defaults, a preset (`retrain-<data>` if there is one, else `retrain`), then `flags`."""
+    flags = dict(flags)
+    preset = flags.pop("preset", None)
+    if base is None:
+        data = str(flags.get("data", DataSettings.data)).partition(":")[0]
+        base = read_preset(preset or next(n for n in (f"retrain-{data}", "retrain") if n in preset_names()))
+        if "method" in base:
+            raise UserError(f"the preset {preset} is for python -m fastnas.search, not for retraining: give another")
+    plan = Plan(*merge((RetrainSettings, DataSettings, RuntimeSettings), base, flags))
+    if not plan.retrain.genotype:
+        raise UserError(
+            "which genotype? give --genotype with a run folder, a file, or a published name such as DARTS_V2"
+        )
+    return plan
+
+
+def build_network(plan: Plan, classes: int, in_channels: int) -> DerivedNetwork:
+    """The derived network of a plan, without its auxiliary head when that has no weight."""
+    settings = plan.retrain
+    return DerivedNetwork(
+        load_genotype(settings.genotype),
+        channels=settings.channels,
+        cells=settings.cells,
+        classes=classes,
+        in_channels=in_channels,
+        stem=settings.stem,
+        auxiliary=settings.auxiliary_weight > 0,
+    )
+
+
+def run_retrain(
+    plan: Plan, out: Path | None = None, *, resume: Path | None = None, quiet: bool = False
+) -> RetrainResult:
+    """Train from scratch on the whole training set, then measure on the test set, once.
+
+    Checkpoints and resuming work as in `fastnas.search.run_search`. Raises UserError for wrong settings.
+    """
+    settings = plan.retrain
+    genotype = load_genotype(settings.genotype)
+    device = prepare(plan.runtime)
+    data = load_data(plan.data, plan.runtime, device)
+    network = build_network(plan, data.num_classes, data.channels).to(device)
+    optimizer = torch.optim.SGD(
+        network.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
+    )
+    stream = data.train_and_search.stream(settings.batch_size, seed=plan.runtime.seed)
+
+    first_epoch = 0
+    if resume is None:
+        run = RunFolder.create(out or default_run_path("retrain", plan.data.data), plan.as_mapping())
+        run.write_genotype(genotype)
+        run.write_cells(draw_cells(genotype))
+        _save(run, -1, network, optimizer)
+    else:
+        run = RunFolder.open(resume)
+        if any(run.path.glob("checkpoint*.pt")):
+            state = load_checkpoint(run.checkpoint_path, method=CHECKPOINT_KIND)
+            try:
+                network.load_state_dict(state["network"])
+                optimizer.load_state_dict(state["optimizer"])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise UserError(
+                    f"the checkpoint of {run.path} does not fit the settings in its config.toml: "
+                    "put back the settings that it was made with, or start a new run"
+                ) from error
+            first_epoch = state["epoch"] + 1
+        run.truncate(first_epoch - 1)
+
+    steps = len(stream)
+    batches = stream.from_step(first_epoch * steps)
+    with Progress(settings.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress:
+        for epoch in range(first_epoch, settings.epochs):
+            started = time.perf_counter()
+            progress.start_epoch(epoch)
+            # Drop path draws from PyTorch's generator: seeded by the epoch, so that resuming needs no state of it.
+            torch.manual_seed((plan.runtime.seed * 1_000_003 + epoch) % 2**63)
+            set_learning_rate(optimizer, cosine(epoch, settings.epochs, settings.lr, settings.lr_min))
+            network.train()
+            network.set_drop_path(settings.drop_path * epoch / settings.epochs)
+            means = Means()
+            for _ in range(steps):
+                x, y = next(batches)
+                logits, auxiliary_logits = network.forward_with_auxiliary(x)
+                loss = F.cross_entropy(logits, y)
+                figures = {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
+                if auxiliary_logits is not None:
+                    loss = loss + settings.auxiliary_weight * F.cross_entropy(auxiliary_logits, y)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
+                optimizer.step()
+                means.add(figures)
+                progress.step(figures)
+            record = {"epoch": epoch, **means.read()}
+            if not math.isfinite(record["loss"]):
+                raise UserError(
+                    f"the training loss is no longer a number in epoch {epoch + 1}: start again with a smaller --lr; "
+                    f"the epochs before it are in {run.path}"
+                )
+            run.append_metrics(record)
+            run.append_timing({"epoch": epoch, "train_s": time.perf_counter() - started})
+            _save(run, epoch, network, optimizer)
+            progress.end_epoch(record)
+
+    network.eval()
+    figures = evaluate(network, data.test.batches(settings.batch_size))
+    counts = count(
+        DerivedNetwork(
+            genotype,
+            channels=settings.channels,
+            cells=settings.cells,
+            classes=data.num_classes,
+            in_channels=data.channels,
+            stem=settings.stem,
+        ),
+        (data.channels, data.image_size, data.image_size),
+    )
+    result = RetrainResult(figures["accuracy"], figures["loss"], counts.parameters, counts.multiply_adds, run)
+    summary = {key: value for key, value in vars(result).items() if key != "run"}
+    replace_file(run.path / "result.json", [(json.dumps(summary) + "\n").encode()])
+    return result
+
+
+def _save(run: RunFolder, epoch: int, network: DerivedNetwork, optimizer: torch.optim.Optimizer) -> None:
+    """Checkpoint after `epoch`; -1 is before the first one."""
+    state = {"epoch": epoch, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    save_checkpoint(run.checkpoint_path, state, method=CHECKPOINT_KIND)
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m fastnas.retrain",
+        usage="%(prog)s --genotype GENOTYPE [--data DATA] [--preset PRESET] [other settings]",
+        description="Train the network that a search derived, from scratch on the whole training set, and report its "
+        "test accuracy. The test set is read once, after the last epoch.",
+        epilog="Settings come from their defaults, then from a preset, then from flags. Without --preset that is "
+        "retrain-<data> if there is one, else retrain (the papers' 600 epochs on CIFAR-10).",
+    )
+    parser.add_argument("--preset", help="settings by name, or the path of a .toml file")
+    parser.add_argument("--out", type=Path, help="run folder to make [runs/retrain-<data>-<time>]")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    add_flags(parser, RetrainSettings)
+    add_flags(parser.add_argument_group("data"), DataSettings)
+    add_flags(parser.add_argument_group("machine"), RuntimeSettings)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    arguments = build_parser().parse_args(argv)
+    flags = given(arguments, RetrainSettings, DataSettings, RuntimeSettings)
+    if arguments.resume is None:
+        plan = resolve(flags | ({"preset": arguments.preset} if arguments.preset else {}))
+    else:
+        if arguments.preset is not None or arguments.out is not None or set(flags) - CHANGEABLE_ON_RESUME:
+            raise UserError("--resume goes on with a run as it was set up: drop the flags that would change it")
+        run = RunFolder.open(arguments.resume)
+        config = run.config()
+        if "genotype" not in config:
+            raise UserError(
+                f"{run.path} is a search: go on with python -m fastnas.search --resume {run.path}, "
+                f"or train its network with --genotype {run.path}"
+            )
+        plan = resolve(flags, config | {"genotype": str(run.genotype_path)})
+    out = arguments.resume or arguments.out or default_run_path("retrain", plan.data.data)
+    try:
+        result = run_retrain(plan, out, resume=arguments.resume, quiet=arguments.quiet)
+    except KeyboardInterrupt:
+        if not (out / "config.toml").exists():
+            raise
+        print(f"interrupted; go on with: python -m fastnas.retrain --resume {shlex.quote(str(out))}", file=sys.stderr)
+        return 130
+    print(f"test accuracy  {result.test_accuracy:.2%}\nparameters     {result.parameters:,}")
+    print(f"run            {result.run.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

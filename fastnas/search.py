@@ -1,0 +1,248 @@
+"""`python -m fastnas.search`: search an architecture and leave a run folder with its genotype.
+
+As a library call: `run_search(resolve({"data": "digits", "epochs": 5}), Path("runs/mine"))`.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastnas.cli import ArgumentParser, run_command
+from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
+from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastnas.engine.training import Means
+from fastnas.errors import UserError
+from fastnas.methods import METHODS, Method, Problem, WeightSettings
+from fastnas.progress import Progress
+from fastnas.report.cells import describe_cells, draw_cells
+from fastnas.runs import RunFolder, default_run_path
+from fastnas.settings import CHANGEABLE_ON_RESUME, DataSettings, RuntimeSettings, load_data, prepare
+from fastnas.spaces import DartsSpace, Genotype
+
+DEFAULT_METHOD = "pc_darts"
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    method: str = option(DEFAULT_METHOD, "search method", choices=tuple(METHODS))
+    space: str = option("darts", "search space", choices=("darts",))
+    search_fraction: float = option(
+        0.5, "share of the training set that only the architecture learns from", above=0, maximum=0.9
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved search: every setting, in five groups that share one flat namespace."""
+
+    search: SearchSettings
+    data: DataSettings
+    weights: WeightSettings
+    runtime: RuntimeSettings
+    method: Any
+
+    def as_mapping(self) -> dict[str, Any]:
+        """One flat table, as config.toml keeps it."""
+        return {key: value for group in asdict(self).values() for key, value in group.items()}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    genotype: Genotype
+    run: RunFolder
+
+
+def resolve(flags: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Plan:
+    """The settings of a search: defaults, then a preset, then `flags`.
+
+    `flags["preset"]` names the preset; without it that is `<method>-<data>` if there is one, else `<method>`. When a
+    run is resumed, `base` (its settings) takes the preset's place. Raises UserError for anything unknown or wrong.
+    """
+    flags = dict(flags)
+    preset = flags.pop("preset", None)
+    if "method" in flags:
+        flags["method"] = str(flags["method"]).replace("-", "_")
+    layer = dict(base) if base is not None else _preset(preset, flags)
+    name = flags.get("method", layer.get("method", DEFAULT_METHOD))
+    merge((SearchSettings,), {"method": name})
+    if preset is not None and layer.get("method", name) != name:
+        raise UserError(f"the preset {preset} is for method {layer['method']}, not {name}: drop --preset or --method")
+    groups = (SearchSettings, DataSettings, WeightSettings, RuntimeSettings, METHODS[name].Settings)
+    others = {other: method.Settings for other, method in METHODS.items() if other != name}
+    return Plan(*merge(groups, layer, flags, others=others))
+
+
+def _preset(preset: str | None, flags: Mapping[str, Any]) -> Mapping[str, Any]:
+    if preset is not None:
+        layer = read_preset(preset)
+        if preset in preset_names() and "method" not in layer:
+            raise UserError(f"the preset {preset} is for python -m fastnas.retrain, not for a search: give another")
+        return layer
+    method = flags.get("method", DEFAULT_METHOD)
+    data = str(flags.get("data", DataSettings.data)).partition(":")[0]
+    names = [name for name in (f"{method}-{data}", str(method)) if name in preset_names()]
+    return read_preset(names[0]) if names else {}
+
+
+def build_method(plan: Plan, classes: int, in_channels: int, device: torch.device) -> Method:
+    """The method of a plan, on a problem of `classes` classes and images of `in_channels` channels."""
+    space = DartsSpace(nodes=plan.weights.nodes)
+    problem = Problem(space, classes, in_channels, plan.weights, device, plan.runtime.seed)
+    return METHODS[plan.search.method](plan.method, problem)
+
+
+def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = None, quiet: bool = False) -> SearchResult:
+    """Search, with a checkpoint after each epoch; a killed run goes on from its last whole epoch, bit for bit.
+
+    `out`: the run folder to make (default: a new one under `runs/`); `resume`: the folder of a run to go on with,
+    from the start when it was stopped before its first checkpoint.
+    Raises UserError for settings that do not fit the data, and when the loss stops being a number.
+    """
+    device = prepare(plan.runtime)
+    data = load_data(plan.data, plan.runtime, device, search_fraction=plan.search.search_fraction)
+    method = build_method(plan, data.num_classes, data.channels, device)
+    batch_size, seed = plan.weights.batch_size, plan.runtime.seed
+    train_stream = data.train.stream(batch_size, seed=seed)
+    search_stream = data.search.stream(max(1, min(batch_size, len(data.search))), seed=seed)
+
+    first_epoch = 0
+    if resume is None:
+        run = RunFolder.create(out or default_run_path(plan.search.method, plan.data.data), plan.as_mapping())
+        _save(run, -1, method)
+    else:
+        run = RunFolder.open(resume)
+        if any(run.path.glob("checkpoint*.pt")):
+            state = load_checkpoint(run.checkpoint_path, method=plan.search.method)
+            try:
+                method.load_state_dict(state["method"])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise UserError(
+                    f"the checkpoint of {run.path} does not fit the settings in its config.toml: "
+                    "put back the settings that it was made with, or start a new run"
+                ) from error
+            torch.set_rng_state(state["rng"])
+            first_epoch = state["epoch"] + 1
+        run.truncate(first_epoch - 1)
+
+    steps = len(train_stream)
+    train_batches = train_stream.from_step(first_epoch * steps)
+    search_batches = search_stream.from_step(first_epoch * steps)
+    with Progress(plan.weights.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress:
+        for epoch in range(first_epoch, plan.weights.epochs):
+            started = time.perf_counter()
+            progress.start_epoch(epoch)
+            method.start_epoch(epoch)
+            means = Means()
+            for index in range(epoch * steps, (epoch + 1) * steps):
+                figures = method.step(index, next(train_batches), next(search_batches))
+                means.add(figures)
+                progress.step(figures)
+            record = {"epoch": epoch, **means.read()}
+            trained = time.perf_counter()
+            record |= method.end_epoch(data.search.batches(batch_size))
+            broken = [name.replace("_", " ") for name, value in record.items() if not math.isfinite(value)]
+            if broken:
+                raise UserError(
+                    f"{broken[0]} is no longer a number in epoch {epoch + 1}: start again with a smaller --lr; "
+                    f"the epochs before it are in {run.path}"
+                )
+            genotype = method.derive()
+            run.append_metrics(record | {"genotype": genotype.to_darts()})
+            run.append_timing(
+                {"epoch": epoch, "train_s": trained - started, "evaluate_s": time.perf_counter() - trained}
+            )
+            run.write_genotype(genotype)
+            _save(run, epoch, method)
+            progress.end_epoch(record)
+    genotype = method.derive()
+    run.write_genotype(genotype)
+    run.write_cells(draw_cells(genotype))
+    return SearchResult(genotype, run)
+
+
+def _save(run: RunFolder, epoch: int, method: Method) -> None:
+    """Checkpoint after `epoch`; -1 is before the first one, so that a run killed in it can be resumed too."""
+    state = {"epoch": epoch, "method": method.state_dict(), "rng": torch.get_rng_state()}
+    save_checkpoint(run.checkpoint_path, state, method=method.name)
+
+
+def build_parser() -> ArgumentParser:
+    names = [name for name in preset_names() if "method" in read_preset(name)]
+    parser = ArgumentParser(
+        prog="python -m fastnas.search",
+        usage="%(prog)s [--method METHOD] [--data DATA] [--preset PRESET] [other settings]",
+        description="Search an architecture by weight sharing. Without arguments: PC-DARTS on a small embedded data "
+        "set of handwritten digits, a few minutes on a laptop.",
+        epilog="Settings come from their defaults, then from a preset, then from flags; the default in brackets is "
+        f"the one without a preset. Presets: {', '.join(names)}. Without --preset the one named "
+        "<method>-<data> or <method> is taken.",
+    )
+    parser.add_argument("--preset", help="settings of a paper or a data set, by name, or the path of a .toml file")
+    parser.add_argument("--out", type=Path, help="run folder to make [runs/<method>-<data>-<time>]")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    add_flags(parser, SearchSettings)
+    add_flags(parser.add_argument_group("data"), DataSettings)
+    add_flags(parser.add_argument_group("network and weights"), WeightSettings)
+    add_flags(parser.add_argument_group("machine"), RuntimeSettings)
+    methods = [method.Settings for method in METHODS.values()]
+    add_flags(parser.add_argument_group("settings of the methods"), *methods)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    arguments = build_parser().parse_args(argv)
+    methods = [method.Settings for method in METHODS.values()]
+    flags = given(arguments, SearchSettings, DataSettings, WeightSettings, RuntimeSettings, *methods)
+    if arguments.resume is None:
+        if arguments.preset is not None:
+            flags["preset"] = arguments.preset
+        plan = resolve(flags)
+    else:
+        plan = _resumed_plan(arguments.resume, flags, preset=arguments.preset, out=arguments.out)
+    out = arguments.resume or arguments.out or default_run_path(plan.search.method, plan.data.data)
+    try:
+        result = run_search(plan, out, resume=arguments.resume, quiet=arguments.quiet)
+    except KeyboardInterrupt:
+        if not (out / "config.toml").exists():
+            raise
+        print(f"interrupted; go on with: python -m fastnas.search --resume {shlex.quote(str(out))}", file=sys.stderr)
+        return 130
+    print(describe_cells(result.genotype))
+    print(f"\ngenotype  {result.run.genotype_path}\ndrawing   {result.run.cells_path}\nrun       {result.run.path}")
+    genotype, data = shlex.quote(str(result.run.genotype_path)), shlex.quote(plan.data.data)
+    print(f"next      python -m fastnas.retrain --genotype {genotype} --data {data}")
+    return 0
+
+
+def _resumed_plan(folder: Path, flags: Mapping[str, Any], *, preset: str | None, out: Path | None) -> Plan:
+    if preset is not None or out is not None:
+        raise UserError("--resume goes on with a run as it was set up: drop --preset and --out")
+    config = RunFolder.open(folder).config()
+    if "method" not in config:
+        raise UserError(f"{folder} is no search: go on with python -m fastnas.retrain --resume {folder}")
+    fixed = sorted(set(flags) - CHANGEABLE_ON_RESUME - {"method"})
+    if fixed:
+        raise UserError(
+            f"--resume goes on with the settings of the run; --{fixed[0].replace('_', '-')} cannot change: drop it, "
+            "or start a new run with --out"
+        )
+    if "method" in flags and flags["method"].replace("-", "_") != config.get("method"):
+        raise UserError(
+            f"the run in {folder} was searched with method {config.get('method')}, not {flags['method']}: "
+            "drop --method, or start a new run with --out"
+        )
+    return resolve({key: value for key, value in flags.items() if key != "method"}, config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

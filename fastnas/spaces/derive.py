@@ -1,0 +1,45 @@
+"""Derivation rules: from architecture weights to a genotype. Each rule has a name that the genotype keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastnas.spaces.darts import DartsSpace
+from fastnas.spaces.genotype import Genotype, Node
+
+TOP2 = "top2"
+TOP2_EDGE_NORMALISED = "top2-edge-normalised"
+
+
+def derive_top2(
+    space: DartsSpace,
+    normal: Tensor,
+    reduce: Tensor,
+    normal_edges: Tensor | None = None,
+    reduce_edges: Tensor | None = None,
+) -> Genotype:
+    """The rule of DARTS (section 2.4) and, with edge weights, of PC-DARTS (section 3.3).
+
+    `normal`, `reduce`: softmax of alpha over the candidates, [E, O]; `*_edges`: softmax of beta over the edges of
+    each node, [E]. A node keeps the two edges with the largest max_o weight, `none` left out, and on each of them
+    the candidate with the largest weight, `none` left out. Edge weights multiply the candidate weights first.
+    Equal weights go to the earlier edge and the earlier candidate.
+    """
+
+    def cell(weights: Tensor, edges: Tensor | None) -> tuple[Node, ...]:
+        weights = weights.detach().double().cpu()
+        if edges is not None:
+            weights = weights * edges.detach().double().cpu()[:, None]
+        return tuple(_best_two(space, weights[space.edge_slice(node)].tolist()) for node in range(space.nodes))
+
+    rule = TOP2 if normal_edges is None else TOP2_EDGE_NORMALISED
+    return Genotype(cell(normal, normal_edges), cell(reduce, reduce_edges), space.concat, space.concat, rule=rule)
+
+
+def _best_two(space: DartsSpace, weights: Sequence[Sequence[float]]) -> Node:
+    allowed = [index for index, name in enumerate(space.candidates) if name != "none"]
+    best = [max(allowed, key=lambda index, row=row: row[index]) for row in weights]
+    ranked = sorted(range(len(weights)), key=lambda source: -weights[source][best[source]])
+    return tuple((space.candidates[best[source]], source) for source in sorted(ranked[:2]))

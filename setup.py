@@ -1,0 +1,123 @@
+"""Builds ``fastnas._C`` on torch's stable ABI and records how; everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    raise SystemExit("fastnas: install torch first (pip install torch), then use --no-build-isolation") from None
+
+ROOT = Path(__file__).parent
+# ninja from the same environment is found even when that environment is not activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+# The oldest torch whose stable ABI the sources use; the library then loads in every later torch.
+TORCH_TARGET = "0x020b000000000000"
+
+
+def compiler() -> str | None:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def choose_cuda(sources: list[str]) -> tuple[bool, str]:
+    """Whether to build the CUDA sources, and why."""
+    wish = os.environ.get("FASTNAS_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"fastnas: FASTNAS_CUDA={wish} is not understood, use 0 or 1")
+    if wish == "0":
+        return False, "FASTNAS_CUDA=0"
+    toolchain = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    if not sources:
+        missing = "there are no CUDA sources in this version"
+    elif not toolchain:
+        missing = "nvcc or a CUDA build of torch is missing"
+    else:
+        missing = ""
+    if missing:
+        return False, f"FASTNAS_CUDA=1 was asked for, but {missing}" if wish == "1" else missing
+    if wish == "1":
+        return True, "FASTNAS_CUDA=1"
+    if torch.cuda.is_available():
+        return True, "toolchain found, GPU visible"
+    return False, "no GPU visible (FASTNAS_CUDA=1 builds for one anyway)"
+
+
+def version_of(path: str) -> str:
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.partition("\n")[0] or path
+
+
+cpp_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+cu_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
+cxx = compiler()
+with_cuda, cuda_reason = choose_cuda(cu_sources)
+with_cuda = with_cuda and cxx is not None
+
+facts = {
+    "torch": torch.__version__,
+    "torch_target": "2.11",
+    "python": platform.python_version(),
+    "compiler": version_of(cxx) if cxx else None,
+    "native": cxx is not None,
+    "native_reason": cxx or "no C++ compiler found (c++, g++, clang++ or $CXX): reference backends only",
+    "cuda": with_cuda,
+    "cuda_reason": cuda_reason,
+    "cuda_toolkit": torch.version.cuda if with_cuda else None,
+    "sources": cpp_sources * (cxx is not None) + cu_sources * with_cuda,
+}
+
+print("fastnas build decisions")
+print(f"  torch    {facts['torch']} (library loads in torch >= {facts['torch_target']})")
+print(f"  native   {'yes' if facts['native'] else 'no'}: {facts['native_reason']}")
+print(f"  CUDA     {'yes' if facts['cuda'] else 'no'}: {facts['cuda_reason']}", flush=True)
+
+
+def write_facts(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        super().run()
+        write_facts(ROOT / "fastnas" if self.editable_mode else Path(self.build_lib) / "fastnas")
+
+
+class BuildExt(cpp_extension.BuildExtension):
+    def run(self) -> None:
+        super().run()
+        write_facts(ROOT / "fastnas" if self.inplace else Path(self.build_lib) / "fastnas")
+
+
+def extension():
+    defines = [("TORCH_TARGET_VERSION", TORCH_TARGET)] + ([("USE_CUDA", None)] if with_cuda else [])
+    kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    cxx_flags = ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    return kind(
+        "fastnas._C",
+        facts["sources"],
+        include_dirs=[str(ROOT / "csrc")],
+        depends=sorted(str(p) for p in (ROOT / "csrc").rglob("*.h")),
+        define_macros=defines,
+        extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3", "-std=c++20"]},
+        py_limited_api=True,
+    )
+
+
+setup(
+    ext_modules=[extension()] if facts["native"] else [],
+    cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if facts["native"] else {},
+)

@@ -1,0 +1,200 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from fastnas.engine.mixture import Mixture
+from fastnas.methods import Darts
+from fastnas.methods import darts as module
+
+
+def build(problem, **settings):
+    torch.manual_seed(0)
+    method = Darts(module.DartsSettings(**settings), problem)
+    method.supernet.double()
+    method.alphas.double()
+    with torch.no_grad():
+        for parameter in method.alphas.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    method.start_epoch(0)
+    return method
+
+
+def copies(tensors):
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def exact_second_order(method, train, search):
+    """dL_val(w - xi (dL_train/dw + wd w + mu buffer), alpha)/dalpha by automatic differentiation."""
+    alphas = list(method.alphas.parameters())
+    names = [name for name, _ in method.supernet.named_parameters()]
+    buffers = {name: buffer.clone() for name, buffer in method.supernet.named_buffers()}
+
+    def loss(parameters, batch):
+        mixture = Mixture(method.alphas.alpha_normal.softmax(-1), method.alphas.alpha_reduce.softmax(-1))
+        state = dict(zip(names, parameters, strict=True)) | {k: v.clone() for k, v in buffers.items()}
+        return F.cross_entropy(functional_call(method.supernet, state, (batch[0], mixture)), batch[1])
+
+    parameters = method.parameters
+    gradients = torch.autograd.grad(loss(parameters, train), parameters, create_graph=True, allow_unused=True)
+    ahead = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        buffer = method.weight_optimizer.state.get(parameter, {}).get("momentum_buffer", 0.0)
+        direction = gradient + method.weights.weight_decay * parameter + method.weights.momentum * buffer
+        ahead.append(parameter - method.rate * direction)
+    return torch.autograd.grad(loss(ahead, search), alphas)
+
+
+def relative_error(found, expected):
+    difference = sum((a - b).square().sum() for a, b in zip(found, expected, strict=True))
+    return float((difference / sum(b.square().sum() for b in expected)).sqrt())
+
+
+@pytest.mark.parametrize("with_momentum", [False, True])
+def test_second_order_gradient_equals_exact_autograd(problem, batches, monkeypatch, with_momentum):
+    # The difference quotient is exact in the limit; a small step keeps every ReLU on its side of the kink.
+    monkeypatch.setattr(module, "FINITE_DIFFERENCE", 1e-6)
+    method = build(problem, order=2)
+    if with_momentum:
+        method.weight_step(batches[0])
+    expected = exact_second_order(method, *batches)
+    _, found = method.second_order_gradient(*batches)
+    _, first_order = method.first_order_gradient(*batches)
+    assert relative_error(found, expected) < 1e-4
+    assert relative_error(first_order, expected) > 1e-2, "the second-order term must matter in this test"
+
+
+def test_second_order_with_the_papers_step_is_close_to_exact(problem, batches, monkeypatch):
+    """On a smooth network: the papers' step of 0.01 crosses many ReLU kinks of a network as tiny as this one."""
+    monkeypatch.setattr(F, "relu", F.silu)
+    method = build(problem, order=2)
+    expected = exact_second_order(method, *batches)
+    _, found = method.second_order_gradient(*batches)
+    assert relative_error(found, expected) < 0.01
+
+
+def test_second_order_leaves_weights_and_momentum_as_they_were(problem, batches):
+    method = build(problem, order=2)
+    method.weight_step(batches[0])
+    before = copies(method.parameters)
+    momentum = copies(s["momentum_buffer"] for s in method.weight_optimizer.state.values())
+    method.second_order_gradient(*batches)
+    assert all(torch.equal(a, b) for a, b in zip(before, method.parameters, strict=True))
+    after = (s["momentum_buffer"] for s in method.weight_optimizer.state.values())
+    assert all(torch.equal(a, b) for a, b in zip(momentum, after, strict=True))
+    assert all(parameter.requires_grad for parameter in method.parameters)
+
+
+def test_first_order_gradient_equals_plain_autograd(problem, batches):
+    method = build(problem)
+    x, y = batches[1]
+    loss = F.cross_entropy(method.supernet(x, method.alphas()), y)
+    expected = torch.autograd.grad(loss, list(method.alphas.parameters()))
+    found_loss, found = method.first_order_gradient(*batches)
+    torch.testing.assert_close(found_loss, loss.detach())
+    assert relative_error(found, expected) < 1e-12
+
+
+def test_architecture_step_moves_alpha_alone_and_weight_step_the_weights_alone(problem, batches):
+    method = build(problem)
+    weights, alphas = copies(method.parameters), copies(method.alphas.parameters())
+    method.architecture_step(*batches)
+    assert all(torch.equal(a, b) for a, b in zip(weights, method.parameters, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(alphas, method.alphas.parameters(), strict=True))
+    alphas = copies(method.alphas.parameters())
+    method.weight_step(batches[0])
+    assert all(torch.equal(a, b) for a, b in zip(alphas, method.alphas.parameters(), strict=True))
+    assert not torch.equal(weights[0], method.parameters[0])
+
+
+def test_step_searches_before_it_trains_and_on_the_search_batch(problem, batches):
+    train, search = batches
+    together, apart = build(problem), build(problem)
+    figures = together.step(0, train, search)
+    search_loss = apart.architecture_step(train, search)
+    loss = apart.weight_step(train)["loss"]
+    assert torch.equal(figures["search_loss"], search_loss)
+    assert torch.equal(figures["loss"], loss)
+    assert torch.equal(together.alphas.alpha_normal, apart.alphas.alpha_normal)
+
+
+def test_warmup_trains_weights_only(problem, batches):
+    method = build(problem, warmup_epochs=2)
+    alphas = copies(method.alphas.parameters())
+    assert "search_loss" not in method.step(0, *batches)
+    assert all(torch.equal(a, b) for a, b in zip(alphas, method.alphas.parameters(), strict=True))
+    method.start_epoch(2)
+    assert "search_loss" in method.step(1, *batches)
+
+
+def test_weights_are_clipped_and_alphas_are_not(problem, batches):
+    method = build(problem)
+    x, y = batches[0]
+    method.weight_step((1e3 * x, y))
+    norm = torch.stack([p.grad.norm() for p in method.parameters if p.grad is not None]).norm()
+    assert norm <= 5.0 * (1 + 1e-9)
+    method.settings = module.DartsSettings()
+    _, gradients = method.first_order_gradient(*batches)
+    method.architecture_step(*batches)
+    # Adam's first step from grad g is lr * (g + wd a) / |g + wd a|: its moment holds the unclipped gradient.
+    parameter = method.alphas.alpha_normal
+    state = method.arch_optimizer.state[parameter]
+    assert state["exp_avg"].shape == (5, 4)
+
+
+def test_weight_step_keeps_nothing_for_alpha(problem, batches):
+    method = build(problem)
+
+    def saved(mixture):
+        total = 0
+
+        def pack(tensor):
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            method.supernet(batches[0][0], mixture)
+        return total
+
+    assert saved(method.alphas().detach()) < saved(method.alphas())
+
+
+def test_optimisers_have_the_papers_settings(problem):
+    method = Darts(module.DartsSettings(), problem)
+    arch = method.arch_optimizer.param_groups[0]
+    assert (arch["lr"], arch["betas"], arch["weight_decay"]) == (3e-4, (0.5, 0.999), 1e-3)
+    weights = method.weight_optimizer.param_groups[0]
+    assert (weights["momentum"], weights["weight_decay"]) == (0.9, 3e-4)
+
+
+def test_learning_rate_of_the_first_epoch_is_the_full_one(problem):
+    method = Darts(module.DartsSettings(), problem)
+    method.start_epoch(0)
+    assert method.weight_optimizer.param_groups[0]["lr"] == 0.1
+    method.start_epoch(5)
+    assert method.weight_optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+
+
+def test_state_round_trip_continues_identically(problem, batches):
+    first = build(problem)
+    first.step(0, *batches)
+    second = build(problem)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    a, b = first.step(1, *batches), second.step(1, *batches)
+    assert torch.equal(a["loss"], b["loss"])
+    assert torch.equal(first.alphas.alpha_reduce, second.alphas.alpha_reduce)
+
+
+def test_end_epoch_measures_and_derives(problem, batches):
+    method = build(problem)
+    with torch.no_grad():
+        for alpha in method.alphas.parameters():
+            alpha.zero_()
+    figures = method.end_epoch([batches[1]])
+    assert figures["entropy"] == pytest.approx(torch.log(torch.tensor(4.0)).item())
+    assert 0 <= figures["search_accuracy"] <= 1
+    assert method.derive().rule == "top2"

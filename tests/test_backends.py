@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastnas
+from fastnas import _backends, _ext
+from fastnas.errors import UserError
+
+XS = [torch.ones(2, 3), torch.ones(2, 3)]
+W = torch.tensor([1.0, 2.0])
+needs_library = pytest.mark.skipif(_ext.load() is not None, reason="fastnas._C is not built")
+
+
+def served(stem: str) -> str:
+    return next(row.backend for row in _backends.table() if (row.op, row.device) == (stem, "cpu"))
+
+
+@needs_library
+def test_native_is_the_automatic_choice_on_the_cpu() -> None:
+    assert {row.backend for row in _backends.table() if row.device == "cpu"} == {"native"}
+
+
+@needs_library
+def test_the_context_manager_overrides_one_op_or_all_and_restores() -> None:
+    with fastnas.backend("mixed_sum=reference"):
+        assert (served("mixed_sum"), served("path_dropout")) == ("reference", "native")
+        with fastnas.backend("native"):
+            assert served("mixed_sum") == "native"
+        assert served("mixed_sum") == "reference"
+    assert served("mixed_sum") == "native"
+
+
+def test_the_choice_decides_what_runs() -> None:
+    y = fastnas.mixed_sum(XS, W.clone().requires_grad_())
+    with fastnas.backend("reference"):
+        plain = fastnas.mixed_sum(XS, W.clone().requires_grad_())
+    assert plain.grad_fn.name() != "_MixedSumBackward"
+    assert y.grad_fn.name() == "_MixedSumBackward" or _ext.load()
+
+
+def test_a_device_without_kernels_runs_the_reference_and_refuses_native() -> None:
+    meta = [x.to("meta") for x in XS]
+    assert fastnas.mixed_sum(meta, W.to("meta")).shape == (2, 3)
+    if _ext.load() is None:
+        with fastnas.backend("native"), pytest.raises(UserError, match="no kernels for device type 'meta'"):
+            fastnas.mixed_sum(meta, W.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("cuda", "no backend is called 'cuda'.*backends: native, triton, reference"),
+        ("mixed_sum=fast", "no backend is called 'fast'"),
+        ("mixed=reference", "no op is called 'mixed'.*mixed_sum"),
+    ],
+)
+def test_unknown_names_are_refused_and_change_nothing(spec: str, message: str) -> None:
+    before = _backends.table()
+    with pytest.raises(UserError, match=message), fastnas.backend(spec):
+        pass
+    assert _backends.table() == before
+
+
+@pytest.mark.parametrize("spec", ["reference", "mixed_sum=reference"])
+def test_the_environment_variable_overrides(spec: str) -> None:
+    code = "from fastnas import _backends; print({r.op: (r.backend, r.reason) for r in _backends.table()})"
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "FASTNAS_BACKEND": spec},
+    ).stdout
+    assert f"'mixed_sum': ('reference', \"asked for by '{spec}'\")" in out
