@@ -4,7 +4,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-LOCK := /tmp/fastnas_build.lock
+LOCK := .venv/.build.lock
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built

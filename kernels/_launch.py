@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,11 @@ def accumulate_in(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
+def float_bits(value: float) -> int:
+    """``value`` as an int64: Triton rounds a float argument to float32, float64 kernels need all of it."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
 def same_layout(x: Tensor, y: Tensor) -> bool:
     """Whether element i of ``x`` in memory is element i of ``y``; strides over one element do not matter."""
     if x.stride() == y.stride():
@@ -92,6 +98,20 @@ def same_layout(x: Tensor, y: Tensor) -> bool:
 def laid_out_as(like: Tensor, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """``xs`` in the layout of the dense tensor ``like``: themselves where they have it, copies where not."""
     return tuple(x if same_layout(x, like) else torch.empty_like(like).copy_(x) for x in xs)
+
+
+def planes(t: Tensor) -> tuple[int, int, int] | None:
+    """Strides of ``t`` ``[B, C, ...]`` over images, channels and pixels, where its pixels lie at one stride."""
+    step = span = None
+    for size, stride in zip(reversed(t.shape[2:]), reversed(t.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if step is None:
+            step, span = stride, stride
+        elif stride != span:
+            return None
+        span *= size
+    return t.stride(0), t.stride(1), 1 if step is None else step
 
 
 def ordered_sum(parts: Tensor, like: Tensor) -> Tensor:

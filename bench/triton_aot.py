@@ -1,0 +1,268 @@
+"""Compile every Triton kernel and every launch configuration ahead of time, without a GPU.
+
+Each op is called on tensors without data at the shapes of real supernets, and what it would launch is compiled instead:
+the signature, the constants and the alignment hints are those of a real launch. Prints one row a kernel, and writes
+``bench/results/triton_aot.json`` with registers, spilled bytes and shared memory of each.
+
+    python bench/triton_aot.py [--arch 80 90] [--dtype float32 ...] [--kernel mixed_sum ...] [--quick] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results" / "triton_aot.json"
+CONFIGS = Path(__file__).parents[1] / "kernels" / "configs"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one call of ``_launch.launch`` asks for, in values that travel to another process."""
+
+    module: str
+    kernel: str
+    types: tuple[tuple[str, Any], ...]  # by argument
+    aligned: tuple[tuple[int, ...], ...]  # paths of the arguments that divide by 16
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+
+
+def maps(count: int, shape: tuple[int, ...], dtype: torch.dtype, last: bool = False) -> list[Tensor]:
+    layout = torch.channels_last if last else torch.contiguous_format
+    return [torch.empty(shape, dtype=dtype, device="meta", memory_format=layout) for _ in range(count)]
+
+
+def call_mixed_sum(dtype: torch.dtype, quick: bool) -> None:
+    from fastnas.kernels import mixed_sum as op
+
+    for count in (8,) if quick else (8, 32, 64):
+        for shape in ((64, 16, 32, 32),) if quick else ((64, 16, 32, 32), (16, 64, 8, 8), (3, 5, 7, 9)):
+            xs, w = maps(count, shape, dtype), torch.empty(count, device="meta")
+            op.mixed_sum_fwd(xs, w)
+            op.mixed_sum_bwd(xs[0], xs, w)
+            op.mixed_sum_bwd_xs(xs[0], w)
+
+
+def call_path_dropout(dtype: torch.dtype, quick: bool) -> None:
+    from fastnas.kernels import path_dropout as op
+
+    for count in (7,) if quick else (1, 7, 64):
+        for shape in ((64, 16, 32, 32),) if quick else ((64, 16, 32, 32), (16, 64, 8, 8), (3, 5, 7, 9)):
+            for kind in (torch.bool,) if quick else (torch.bool, torch.float32):
+                mask = torch.empty((2, count), dtype=kind, device="meta")
+                op.path_dropout_fwd(maps(count, shape, dtype), mask)
+                op.path_dropout_bwd(maps(1, shape, dtype)[0], mask)
+
+
+def call_partial_shuffle(dtype: torch.dtype, quick: bool) -> None:
+    from fastnas.kernels import partial_shuffle as op
+
+    def one(batch: int, total: int, k: int, side: int, stride: int, subset: bool, last: bool) -> None:
+        count, out = total // k, -(-side // stride)
+        x = maps(1, (batch, total, side, side), dtype, last)[0]
+        mixed = maps(8, (batch, count, out, out), dtype, last)
+        bypass = x if subset else x[:, count:]
+        channels = torch.empty(count, dtype=torch.int64, device="meta") if subset else None
+        w = torch.empty(8, device="meta")
+        g = op.partial_shuffle_fwd(mixed, w, bypass, channels, stride)
+        pooled = bypass if stride == 2 else None
+        op.partial_shuffle_bwd(g, mixed, w, pooled, channels, True)
+        op.partial_shuffle_bwd_frozen(g, w, pooled, channels, count, True)
+        op.partial_shuffle_fwd(mixed[:1], None, bypass, channels, stride)
+
+    if quick:
+        return one(256, 16, 4, 32, 2, False, False)
+    for shape in ((256, 16, 4, 32), (64, 64, 4, 8), (3, 6, 2, 7)):
+        for stride in (1, 2):
+            for subset in (False, True):
+                for last in (False, True):
+                    one(*shape, stride, subset, last)
+
+
+def call_gumbel_softmax(dtype: torch.dtype, quick: bool) -> None:
+    from fastnas.kernels import gumbel_softmax as op
+
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    for shape in ((28, 8),) if quick else ((28, 8), (7, 5), (64, 1000), (2, 20000)):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        for where in ((None, None),) if quick else ((None, None), (seed, torch.empty((), device="meta"))):
+            op.gumbel_softmax_fwd(x, 1 << 40, 1.0, *where, False)
+            op.gumbel_softmax_fwd(x, 1 << 40, 1.0, *where, True)
+            op.gumbel_softmax_bwd(x, x, 7, 0.5, *where)
+
+
+OPS: dict[str, Callable[[torch.dtype, bool], None]] = {
+    "mixed_sum": call_mixed_sum,
+    "path_dropout": call_path_dropout,
+    "partial_shuffle": call_partial_shuffle,
+    "gumbel_softmax": call_gumbel_softmax,
+}
+
+
+def launches(ops: list[str], dtypes: list[str], quick: bool) -> list[Launch]:
+    """Everything that the ops launch under every table of ``kernels/configs`` that a GPU can use, once each."""
+    from fastnas.kernels import _launch
+
+    found: dict[Launch, None] = {}
+    launch, name = _launch.launch, _launch._device_name
+    modules = [__import__(f"fastnas.kernels.{op}", fromlist=[op]) for op in ops] + [_launch]
+
+    def record(device: torch.device, kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+        found[_seen(kernel, args, constants)] = None
+
+    try:
+        for module in modules:
+            module.launch = record
+        for table in sorted(path.stem for path in CONFIGS.glob("*.json") if path.stem != "interpreter"):
+            _launch._device_name = lambda device, table=table: table
+            for op in ops:
+                for dtype in dtypes:
+                    OPS[op](getattr(torch, dtype), quick)
+    finally:
+        _launch._device_name = name
+        for module in modules:
+            module.launch = launch
+    return list(found)
+
+
+def _seen(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Launch:
+    constants = dict(constants)
+    warps = constants.pop("num_warps")
+    types: list[tuple[str, Any]] = []
+    aligned: list[tuple[int, ...]] = []
+    folded: dict[str, Any] = {name: str(v) if not isinstance(v, (int, bool)) else v for name, v in constants.items()}
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
+        free = parameter.do_not_specialize
+        if value is None or (type(value) is int and value == 1 and not free):
+            folded[parameter.name] = value
+            types.append((parameter.name, "constexpr"))
+        elif isinstance(value, tuple):
+            types.append((parameter.name, tuple(f"*{TYPES[t.dtype]}" for t in value)))
+            aligned += [(i, j) for j in range(len(value))]
+        elif isinstance(value, Tensor):
+            types.append((parameter.name, f"*{TYPES[value.dtype]}"))
+            aligned.append((i,))
+        else:
+            types.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if value % 16 == 0 and not free:
+                aligned.append((i,))
+    types += [(name, "constexpr") for name in constants]
+    return Launch(kernel.fn.__module__, kernel.fn.__name__, tuple(types), tuple(aligned), tuple(folded.items()), warps)
+
+
+def compile_one(job: Launch, arch: int) -> dict[str, Any]:
+    """Compile ``job`` for sm_``arch``; its row of the table."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(__import__(job.module, fromlist=[job.kernel]), job.kernel)
+    position = {name: i for i, (name, _) in enumerate(job.types)}
+    constants = {
+        (position[name],): tl.dtype(v) if isinstance(v, str) else v for name, v in job.constants
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(job.types),
+        constexprs=constants,
+        attrs={path: [["tt.divisibility", 16]] for path in job.aligned},
+    )
+    done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": job.num_warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(done.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True)
+    numbers = {key: int(v) for key, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+    arguments = {name: kind for name, kind in job.types if kind != "constexpr"}
+    return {
+        "kernel": job.kernel,
+        "arch": f"sm_{arch}",
+        "dtype": _dtype(arguments),
+        "constants": {k: v for k, v in job.constants if v is not None},
+        "num_warps": job.num_warps,
+        "registers": numbers["REG"],
+        "spilled_bytes": numbers["STACK"] + numbers["LOCAL"],
+        "shared_bytes": done.metadata.shared,
+    }
+
+
+def _dtype(arguments: dict[str, Any]) -> str:
+    """The dtype of the maps: of the first pointer or list of pointers."""
+    kind = next(k for k in arguments.values() if isinstance(k, tuple) or k.startswith("*"))
+    return (kind[0] if isinstance(kind, tuple) else kind).removeprefix("*")
+
+
+def compile_all(jobs: list[Launch], archs: list[int], processes: int = 2) -> Iterator[dict[str, Any]]:
+    """The rows of all jobs, compiled side by side."""
+    work = [(job, arch) for arch in archs for job in jobs]
+    # Not forked: the parent may run threads.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(compile_one, *zip(*work, strict=True), chunksize=4)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a kernel and architecture: how many variants, and the largest of each number."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["arch"]), []).append(row)
+    lines = [f"{'kernel':30} {'arch':6} {'variants':>8} {'registers':>11} {'shared':>7} {'spilled':>8}"]
+    for (kernel, arch), group in sorted(groups.items()):
+        registers = [row["registers"] for row in group]
+        shared, spilled = (max(row[key] for row in group) for key in ("shared_bytes", "spilled_bytes"))
+        span = f"{min(registers)}-{max(registers)}"
+        lines.append(f"{kernel:30} {arch:6} {len(group):8} {span:>11} {shared:7} {spilled:8}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--kernel", nargs="+", choices=list(OPS), default=list(OPS))
+    parser.add_argument("--quick", action="store_true", help="one supernet shape an op")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile")
+    import triton
+
+    jobs = launches(args.kernel, args.dtype, args.quick)
+    rows = list(compile_all(jobs, args.arch, args.processes))
+    print("\n".join(summary(rows)))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    header = {"torch": torch.__version__, "triton": triton.__version__, "archs": args.arch}
+    body = ",\n".join(json.dumps(row) for row in rows)
+    args.out.write_text(json.dumps(header)[:-1] + ', "rows": [\n' + body + "\n]}\n")
+    return int(any(row["spilled_bytes"] for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
