@@ -115,11 +115,25 @@ def call_gumbel_softmax(dtype: torch.dtype, quick: bool) -> None:
             op.gumbel_softmax_bwd(x, x, 7, 0.5, *where)
 
 
+def call_norm_mixed_sum(dtype: torch.dtype, quick: bool) -> None:
+    from fastnas.kernels import norm_mixed_sum as op
+
+    for count, extra in ((8, 1),) if quick else ((7, 1), (32, 4), (64, 0)):
+        for shape in ((64, 16, 32, 32),) if quick else ((64, 16, 32, 32), (64, 64, 8, 8), (3, 5, 7, 9), (3, 1, 5, 5)):
+            for last in (False,) if quick or count != 7 else (False, True):
+                g, *ys = maps(count + 1, shape, dtype, last)
+                plain, w = maps(extra, shape, dtype, last), torch.empty(count + extra, device="meta")
+                _, mean, var = op.norm_mixed_sum_fwd(ys, plain, w, 1e-5)
+                op.norm_mixed_sum_bwd(g, ys, plain, w, mean, var, 1e-5, True)
+                op.norm_mixed_sum_bwd_maps(g, [], w, mean, var, 1e-5, False)
+
+
 OPS: dict[str, Callable[[torch.dtype, bool], None]] = {
     "mixed_sum": call_mixed_sum,
     "path_dropout": call_path_dropout,
     "partial_shuffle": call_partial_shuffle,
     "gumbel_softmax": call_gumbel_softmax,
+    "norm_mixed_sum": call_norm_mixed_sum,
 }
 
 

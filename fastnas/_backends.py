@@ -70,6 +70,17 @@ def choose(stem: str, device_type: str) -> str:
     return name
 
 
+def bind_by_environment() -> None:
+    """Bind by ``FASTNAS_BACKEND``; what is wrong with it is said when an op is first called, not on import."""
+    try:
+        bind()
+    except UserError as error:
+        for stem in _flat_ops:
+            for device in _DEVICE_TYPES:
+                _bound[(stem, device)] = "none"
+                _problems.setdefault((stem, device), f"FASTNAS_BACKEND: {error}")
+
+
 def bind(spec: str | None = None) -> None:
     """Bind every op on every device type, by ``spec`` (default: ``FASTNAS_BACKEND``).
 

@@ -133,17 +133,16 @@ def run_retrain(
         _save(run, -1, network, optimizer)
     else:
         run = RunFolder.open(resume)
-        if any(run.path.glob("checkpoint*.pt")):
-            state = load_checkpoint(run.checkpoint_path, method=CHECKPOINT_KIND)
-            try:
-                network.load_state_dict(state["network"])
-                optimizer.load_state_dict(state["optimizer"])
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise UserError(
-                    f"the checkpoint of {run.path} does not fit the settings in its config.toml: "
-                    "put back the settings that it was made with, or start a new run"
-                ) from error
-            first_epoch = state["epoch"] + 1
+        state = load_checkpoint(run.checkpoint_path, method=CHECKPOINT_KIND)
+        try:
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint of {run.path} does not fit the settings in its config.toml: "
+                "put back the settings that it was made with, or start a new run"
+            ) from error
+        first_epoch = state["epoch"] + 1
         run.truncate(first_epoch - 1)
 
     steps = len(stream)

@@ -120,17 +120,16 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
         _save(run, -1, method)
     else:
         run = RunFolder.open(resume)
-        if any(run.path.glob("checkpoint*.pt")):
-            state = load_checkpoint(run.checkpoint_path, method=plan.search.method)
-            try:
-                method.load_state_dict(state["method"])
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise UserError(
-                    f"the checkpoint of {run.path} does not fit the settings in its config.toml: "
-                    "put back the settings that it was made with, or start a new run"
-                ) from error
-            torch.set_rng_state(state["rng"])
-            first_epoch = state["epoch"] + 1
+        state = load_checkpoint(run.checkpoint_path, method=plan.search.method)
+        try:
+            method.load_state_dict(state["method"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint of {run.path} does not fit the settings in its config.toml: "
+                "put back the settings that it was made with, or start a new run"
+            ) from error
+        torch.set_rng_state(state["rng"])
+        first_epoch = state["epoch"] + 1
         run.truncate(first_epoch - 1)
 
     steps = len(train_stream)

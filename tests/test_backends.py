@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +78,15 @@ def test_the_environment_variable_overrides(spec: str) -> None:
         env={**os.environ, "FASTNAS_BACKEND": spec},
     ).stdout
     assert f"'mixed_sum': ('reference', \"asked for by '{spec}'\")" in out
+
+
+def test_a_wrong_environment_variable_is_one_clear_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastnas.search", "--epochs", "1", "--quiet", "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTNAS_BACKEND": "bogus"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "bogus" in done.stderr

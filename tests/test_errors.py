@@ -275,6 +275,12 @@ def test_both_checkpoints_damaged(run, error):
     check(line, f"no good checkpoint in {run}", "checkpoint.pt is not a fastnas checkpoint", "is damaged", "new run")
 
 
+def test_no_checkpoint(run, error):
+    for path in run.glob("checkpoint*.pt"):
+        path.unlink()
+    check(error("search", "--resume", str(run)), f"no checkpoint at {run / 'checkpoint.pt'}", "start a new run")
+
+
 def test_labels_that_are_none_of_the_classes(tmp_path, error):
     np.savez(tmp_path / "a.npz", x=np.zeros((20, 8, 8), np.uint8), y=np.arange(20) % 5 - 1)
     check(error("search", "--data", "npz:a.npz"), "a.npz has the label -1", "labels must run from 0")

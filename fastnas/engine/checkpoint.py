@@ -113,7 +113,7 @@ def _load(body: memoryview, path: Path, method: str) -> dict[str, Any]:
     if writer != method:
         raise UserError(
             f"the checkpoint {path} was written by method {writer}, not {method}; "
-            f"resume it with --method {writer}, or start a new run in another folder"
+            "put the run's own checkpoint back, or start a new run in another folder"
         )
     # The zip archive of torch.save has to start at offset 0 of its stream.
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastnas.config import option
 from fastnas.engine.stems import STEMS
 from fastnas.engine.training import Batch
+from fastnas.errors import UserError
 from fastnas.spaces.darts import DartsSpace
 from fastnas.spaces.genotype import Genotype
 
@@ -21,7 +22,7 @@ class WeightSettings:
     """How the network is built and its weights are trained; the defaults are those of DARTS on CIFAR-10."""
 
     epochs: int = option(50, "passes over the training half of the data", minimum=1)
-    batch_size: int = option(64, "images a step", minimum=1)
+    batch_size: int = option(64, "images a step", minimum=2)
     channels: int = option(16, "channels of the first cells' nodes; doubled at each reduction cell", minimum=2)
     cells: int = option(8, "cells of the network that searches; with fewer than 3 there is no normal cell", minimum=3)
     nodes: int = option(4, "intermediate nodes of a cell", minimum=2, maximum=16)
@@ -50,6 +51,12 @@ class Problem:
         for number in stream:
             mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
         return torch.Generator().manual_seed(mixed)
+
+
+def check_betas(betas: tuple[float, ...]) -> None:
+    """Adam's decay rates: two numbers from 0 up to, but not including, 1. Raises UserError otherwise."""
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"arch-betas must be two numbers of at least 0 and below 1, got {','.join(map(str, betas))}")
 
 
 class Method(Protocol):

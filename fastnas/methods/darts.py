@@ -23,7 +23,7 @@ from fastnas.config import option
 from fastnas.engine.mixture import Alphas
 from fastnas.engine.supernet import Supernet
 from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine, evaluate, frozen, set_learning_rate
-from fastnas.methods.base import Problem
+from fastnas.methods.base import Problem, check_betas
 from fastnas.spaces.derive import derive_top2
 from fastnas.spaces.genotype import Genotype
 
@@ -41,6 +41,9 @@ class DartsSettings:
     warmup_epochs: int = option(0, "epochs at the start in which only weights are trained", minimum=0)
     partial: int = option(1, "K: only 1/K of the channels pass the candidates (PC-DARTS); 1 is all", minimum=1)
     edge_normalisation: bool = option(False, "weigh the edges of a node by a softmax of beta (PC-DARTS)")
+
+    def __post_init__(self) -> None:
+        check_betas(self.arch_betas)
 
 
 class Darts:
@@ -170,7 +173,7 @@ class Darts:
         self.supernet.eval()
         with torch.no_grad():
             mixture = self.alphas()
-            entropies = [-(w * w.log()).sum(-1).mean() for w in (mixture.normal, mixture.reduce)]
+            entropies = [torch.special.entr(w).sum(-1).mean() for w in (mixture.normal, mixture.reduce)]
         figures = evaluate(lambda x: self.supernet(x, mixture), search)
         return {
             "search_accuracy": figures["accuracy"],

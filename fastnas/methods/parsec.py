@@ -34,7 +34,7 @@ from fastnas.engine.training import (
     evaluate,
     set_learning_rate,
 )
-from fastnas.methods.base import Problem
+from fastnas.methods.base import Problem, check_betas
 from fastnas.spaces.darts import DartsSpace
 from fastnas.spaces.genotype import Genotype, Node
 
@@ -56,6 +56,9 @@ class ParsecSettings:
         "log-likelihood of the search batch: the sum over its images is the paper's formula, the mean tempers it",
         choices=("sum", "mean"),
     )
+
+    def __post_init__(self) -> None:
+        check_betas(self.arch_betas)
 
 
 class SlotDistribution(nn.Module):

@@ -8,7 +8,7 @@ from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.partial_shuffle import partial_shuffle, sample_channels
 from fastnas.ops.path_dropout import drop_path, path_dropout, sample_path_mask
 
-_backends.bind()
+_backends.bind_by_environment()
 
 __all__ = [
     "drop_path",

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from fastnas.engine.mixture import Mixture
+from fastnas.errors import UserError
 from fastnas.methods import Darts
 from fastnas.methods import darts as module
 
@@ -198,3 +199,9 @@ def test_end_epoch_measures_and_derives(problem, batches):
     assert figures["entropy"] == pytest.approx(torch.log(torch.tensor(4.0)).item())
     assert 0 <= figures["search_accuracy"] <= 1
     assert method.derive().rule == "top2"
+
+
+@pytest.mark.parametrize("betas", [(0.5,), (0.5, 1.0), (0.5, 0.9, 0.9)])
+def test_adam_needs_two_decay_rates_below_one(betas):
+    with pytest.raises(UserError, match="arch-betas must be two numbers"):
+        module.DartsSettings(arch_betas=betas)

@@ -1,0 +1,37 @@
+"""Peak extra memory of a call: the most bytes that were allocated at once, above what was allocated before it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_of(changes: Iterable[int]) -> int:
+    """The highest level that a series of allocations (positive) and releases (negative) reaches, from level 0."""
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """Peak extra bytes of ``run()``, its results included; warm it up first.
+
+    On the CPU it is counted, not sampled: torch's allocator reports each allocation and release. Memory that does not
+    come from it (small C++ buffers, scratch space inside oneDNN) is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = run()
+        torch.cuda.synchronize()
+        del kept
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        kept = run()
+        del kept
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return peak_of(event.nbytes() for event in events)
