@@ -146,7 +146,7 @@ def test_a_folder_is_no_checkpoint(path):
 
 def test_other_method(path):
     save(path, 1)
-    with pytest.raises(UserError, match="by method darts, not pc_darts; resume it with --method darts"):
+    with pytest.raises(UserError, match="by method darts, not pc_darts; put the run's own checkpoint back"):
         load_checkpoint(path, method="pc_darts")
 
 

@@ -1,0 +1,163 @@
+"""What only a GPU can show: captured graphs, repeatability, compilation, addresses beyond 32 bits, several streams."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastnas
+
+fused_norm = importlib.import_module("fastnas.ops.norm_mixed_sum").norm_mixed_sum
+pytestmark = pytest.mark.gpu
+Case = tuple[Callable[..., Tensor], list[Tensor]]
+
+
+def cases() -> dict[str, Callable[[torch.dtype], Case]]:
+    """Each op with its inputs on the GPU; those that require gradients get them."""
+
+    def maps(count: int, channels: int, side: int, dtype: torch.dtype) -> list[Tensor]:
+        return [torch.randn(32, channels, side, side, device="cuda").to(dtype) for _ in range(count)]
+
+    def leaves(tensors: list[Tensor]) -> list[Tensor]:
+        return [t.requires_grad_() for t in tensors]
+
+    def mixed_sum(dtype: torch.dtype) -> Case:
+        return lambda w, *xs: fastnas.mixed_sum(xs, w), leaves([torch.rand(8, device="cuda"), *maps(8, 16, 32, dtype)])
+
+    def path_dropout(dtype: torch.dtype) -> Case:
+        mask = torch.rand(2, 7, device="cuda") < 0.5
+        return lambda *xs: fastnas.path_dropout(xs, mask), leaves(maps(7, 16, 32, dtype))
+
+    def partial_shuffle(dtype: torch.dtype) -> Case:
+        tensors = [torch.rand(8, device="cuda"), *maps(1, 16, 32, dtype), *maps(8, 4, 16, dtype)]
+        return lambda w, x, *m: fastnas.partial_shuffle(m, w, x[:, 4:], stride=2), leaves(tensors)
+
+    def partial_shuffle_subset(dtype: torch.dtype) -> Case:
+        channels = fastnas.sample_channels(16, 4, device="cuda")
+        tensors = [torch.rand(8, device="cuda"), *maps(1, 16, 32, dtype), *maps(8, 4, 32, dtype)]
+        return lambda w, x, *m: fastnas.partial_shuffle(m, w, x, channels=channels), leaves(tensors)
+
+    def gumbel_softmax(dtype: torch.dtype) -> Case:
+        logits = torch.randn(28, 8, device="cuda").to(dtype)
+        seed, tau = torch.tensor(7, device="cuda"), torch.tensor(0.8, device="cuda")
+        return lambda x: fastnas.gumbel_softmax(x, tau, seed=seed), leaves([logits])
+
+    def norm_mixed_sum(dtype: torch.dtype) -> Case:
+        tensors = [torch.rand(8, device="cuda"), *maps(8, 16, 32, dtype)]
+        return lambda w, *xs: fused_norm(xs[:7], w, plain=xs[7:]), leaves(tensors)
+
+    ops = (mixed_sum, path_dropout, partial_shuffle, partial_shuffle_subset, gumbel_softmax, norm_mixed_sum)
+    return {f.__name__: f for f in ops}
+
+
+@pytest.fixture(params=list(cases()))
+def make(request: pytest.FixtureRequest) -> Callable[[torch.dtype], Case]:
+    torch.manual_seed(0)
+    return cases()[request.param]
+
+
+def passes(f: Callable[..., Tensor], tensors: list[Tensor], g: Tensor) -> tuple[Tensor, ...]:
+    y = f(*tensors)
+    return y, *torch.autograd.grad(y, tensors, g)
+
+
+def test_triton_is_the_automatic_choice_where_no_compiled_kernel_serves() -> None:
+    from fastnas import _backends
+
+    rows = [row for row in _backends.table() if row.device == "cuda"]
+    assert rows
+    assert {row.backend for row in rows} <= {"native", "triton"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_graph_replays_with_new_values(make, dtype: torch.dtype) -> None:
+    f, tensors = make(dtype)
+    g = torch.randn_like(f(*tensors))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            passes(f, tensors, g)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = passes(f, tensors, g)
+    with torch.no_grad():
+        for t in (*tensors, g):
+            t.copy_(torch.randn_like(t))
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, eager in zip(captured, passes(f, tensors, g), strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_results_are_the_same_every_time(make, dtype: torch.dtype) -> None:
+    f, tensors = make(dtype)
+    g = torch.randn_like(f(*tensors))
+    first = passes(f, tensors, g)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, passes(f, tensors, g), strict=True))
+
+
+def test_compiles_as_one_graph(make) -> None:
+    f, tensors = make(torch.float32)
+    g = torch.randn_like(f(*tensors))
+    compiled = torch.compile(lambda *t: f(*(x * 2 for x in t)), fullgraph=True)
+    ours, eager = passes(compiled, tensors, g), passes(lambda *t: f(*(x * 2 for x in t)), tensors, g)
+    torch.testing.assert_close(ours, eager)
+
+
+def test_autocast_leaves_dtypes_alone(make) -> None:
+    f, tensors = make(torch.float32)
+    g = torch.randn_like(f(*tensors))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        inside = passes(f, tensors, g)
+    assert all(torch.equal(a, b) for a, b in zip(inside, passes(f, tensors, g), strict=True))
+
+
+def test_a_side_stream_is_used(make) -> None:
+    f, tensors = make(torch.float32)
+    expected = f(*tensors)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = f(*tensors)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_addresses_beyond_32_bits() -> None:
+    batch, rest = 2**17 + 3, 2**14  # 2^31 + 49,152 elements, 4.3 GB in bfloat16
+    x = torch.zeros(batch, rest, device="cuda", dtype=torch.bfloat16)
+    x[-1, -5:] = 3
+    y = fastnas.mixed_sum([x], torch.ones(1, device="cuda"))
+    assert torch.equal(y[-1], x[-1])
+    assert not y[:2].any()
+    del y
+    mask = torch.tensor([[0.0], [2.0]], device="cuda")
+    y = fastnas.path_dropout([x], mask)
+    assert torch.equal(y[-1], 2 * x[-1])
+    assert not y[:2].any()
+    del y
+    maps = x.view(batch, 4, 64, 64)
+    y = fastnas.partial_shuffle([maps[:, :1]], None, maps[:, 1:])
+    assert torch.equal(y[-1], maps[-1])  # one mixed channel in four: the shuffle is the identity
+
+
+def test_noise_is_that_of_the_cpu() -> None:
+    logits = torch.randn(64, 9)
+    ours = fastnas.gumbel_softmax(logits.cuda(), 0.5, seed=11).cpu()
+    torch.testing.assert_close(ours, fastnas.gumbel_softmax(logits, 0.5, seed=11), rtol=1e-5, atol=1e-6)
+
+
+def test_half_of_the_paths_dropped_are_not_read() -> None:
+    """Reading them would fault: the memory behind them is gone as far as the kernel's mask is concerned (NaN shows)."""
+    kept = torch.randn(64, 16, 32, 32, device="cuda")
+    nan = torch.full_like(kept, torch.nan)
+    y = fastnas.path_dropout([kept, nan], torch.tensor([[True, False]], device="cuda"))
+    assert torch.equal(y, kept)
