@@ -34,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_head] = header(config.invocation_params.args)
     # The tables below say what pytest-benchmark's own would; --benchmark-verbose brings that back.
     config.option.benchmark_quiet = True
+    # A wrong answer leaves the fixture unused, and is reported already.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used at all")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

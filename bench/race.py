@@ -54,9 +54,9 @@ def race(
     passes.check(function)
 
     ours, eager = passes.of(function), passes.of(reference)
-    dtype = next(t.dtype for t in inputs if t is not None and t.is_floating_point())
+    dtypes = {t.dtype for t in inputs if t is not None and t.is_floating_point()}
     clocks: dict[str, Clock] = {"eager": clock_for(eager, where)}
-    if with_compiled and all(t is None or t.dtype in (torch.float32, torch.bool, torch.int64) for t in inputs):
+    if with_compiled and dtypes == {torch.float32}:
         torch._dynamo.reset()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -71,7 +71,8 @@ def race(
         "op": group.partition(" ")[0],
         "name": f"{group} {'forward+backward' if passes.wanted else 'forward'}",
         "device": where.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        # Weights may be wider than the maps that they belong to.
+        "dtype": str(min(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch."),
     } | summary(turns.samples, traffic)
     row["peak_bytes"] = peak_bytes(ours, where)
     row["eager_peak_bytes"] = peak_bytes(eager, where)

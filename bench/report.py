@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,10 @@ def machine_line() -> str:
 
 def versions_line() -> str:
     """Versions, and the commit when fastnas runs from a checkout."""
-    return ", ".join(f"{name} {version}" for name, version in versions().items())
+    known = versions()
+    commit = f", commit {known['commit'][:12]}" if "commit" in known else ""
+    dirty = " with changes" if known.get("commit", "").endswith("-dirty") else ""
+    return f"fastnas {known['fastnas']}, torch {known['torch']}, Python {known['python']}{commit}{dirty}"
 
 
 def header(arguments: Sequence[str]) -> dict[str, Any]:
@@ -38,7 +42,7 @@ def header(arguments: Sequence[str]) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "command": " ".join(["pytest", *arguments]),
+        "command": shlex.join(["pytest", *arguments]),
     }
 
 

@@ -9,10 +9,11 @@ from bench.overhead import MODES
 
 Row = dict[str, Any]
 NAME = 45
-HEADINGS = f"{'us':>9} {'20% - 80%':>17} {'GB/s':>6} {'copy':>5} {'eager':>8} {'compile':>7} {'memory':>7} {'eager':>7}"
+HEADINGS = f"{'us':>9} {'20% - 80%':>15} {'GB/s':>6} {'copy':>5} {'eager':>7} {'compile':>7} {'memory':>17}"
 LEGEND = (
-    "us: median of a call, 20th and 80th percentile. copy: share of the bandwidth of copying the same bytes. eager,",
-    "compile: how many times longer plain PyTorch takes, as it is and compiled. memory: peak extra bytes, ours and eager.",
+    "us: median of a call, and its 20th and 80th percentile. copy: share of the bandwidth of copying as many bytes.",
+    "eager, compile: how many times longer plain PyTorch takes, as it is and compiled. memory: peak extra bytes, and",
+    "eager's in brackets.",
 )
 
 
@@ -46,11 +47,15 @@ def _short(row: Row) -> str:
 
 
 def _figures(row: Row) -> str:
-    spread = f"{row['us_20']:.1f} - {row['us_80']:.1f}"
+    spread = f"{_us(row['us_20'])} - {_us(row['us_80'])}"
     rate = f"{row['GB_s']:6.1f} {row['share_of_copy']:5.0%}" if "GB_s" in row else f"{'-':>6} {'-':>5}"
     compiled = f"{row['vs_compiled']:6.2f}x" if "vs_compiled" in row else f"{'-':>7}"
-    memory = f"{size(row['peak_bytes']):>7} {size(row['eager_peak_bytes']):>7}"
-    return f"{row['us']:9.1f} {spread:>17} {rate} {row['vs_eager']:7.2f}x {compiled} {memory}"
+    memory = f"{size(row['peak_bytes'])} ({size(row['eager_peak_bytes'])})"
+    return f"{_us(row['us']):>9} {spread:>15} {rate} {row['vs_eager']:6.2f}x {compiled} {memory:>17}"
+
+
+def _us(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def size(nbytes: int) -> str:

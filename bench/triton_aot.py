@@ -59,23 +59,23 @@ def maps(count: int, shape: tuple[int, ...], dtype: torch.dtype, last: bool = Fa
 def call_mixed_sum(dtype: torch.dtype, quick: bool) -> None:
     from fastnas.kernels import mixed_sum as op
 
-    for count in (8,) if quick else (8, 32, 64):
-        for shape in ((64, 16, 32, 32),) if quick else ((64, 16, 32, 32), (16, 64, 8, 8), (3, 5, 7, 9)):
-            xs, w = maps(count, shape, dtype), torch.empty(count, device="meta")
-            op.mixed_sum_fwd(xs, w)
-            op.mixed_sum_bwd(xs[0], xs, w)
-            op.mixed_sum_bwd_xs(xs[0], w)
+    small = [] if quick else [(8, (16, 64, 8, 8)), (8, (3, 5, 7, 9)), (64, (64, 16, 32, 32))]
+    for count, shape in [(8, (64, 16, 32, 32)), *small]:
+        xs, w = maps(count, shape, dtype), torch.empty(count, device="meta")
+        op.mixed_sum_fwd(xs, w)
+        op.mixed_sum_bwd(xs[0], xs, w)
+        op.mixed_sum_bwd_xs(xs[0], w)
 
 
 def call_path_dropout(dtype: torch.dtype, quick: bool) -> None:
     from fastnas.kernels import path_dropout as op
 
-    for count in (7,) if quick else (1, 7, 64):
-        for shape in ((64, 16, 32, 32),) if quick else ((64, 16, 32, 32), (16, 64, 8, 8), (3, 5, 7, 9)):
-            for kind in (torch.bool,) if quick else (torch.bool, torch.float32):
-                mask = torch.empty((2, count), dtype=kind, device="meta")
-                op.path_dropout_fwd(maps(count, shape, dtype), mask)
-                op.path_dropout_bwd(maps(1, shape, dtype)[0], mask)
+    more = [] if quick else [(7, (16, 64, 8, 8)), (7, (3, 5, 7, 9)), (1, (96, 36, 32, 32)), (64, (64, 16, 32, 32))]
+    for count, shape in [(7, (64, 16, 32, 32)), *more]:
+        for kind in (torch.bool,) if quick else (torch.bool, torch.float32):
+            mask = torch.empty((2, count), dtype=kind, device="meta")
+            op.path_dropout_fwd(maps(count, shape, dtype), mask)
+            op.path_dropout_bwd(maps(1, shape, dtype)[0], mask)
 
 
 def call_partial_shuffle(dtype: torch.dtype, quick: bool) -> None:
@@ -118,14 +118,16 @@ def call_gumbel_softmax(dtype: torch.dtype, quick: bool) -> None:
 def call_norm_mixed_sum(dtype: torch.dtype, quick: bool) -> None:
     from fastnas.kernels import norm_mixed_sum as op
 
-    for count, extra in ((8, 1),) if quick else ((7, 1), (32, 4), (64, 0)):
-        for shape in ((64, 16, 32, 32),) if quick else ((64, 16, 32, 32), (64, 64, 8, 8), (3, 5, 7, 9), (3, 1, 5, 5)):
-            for last in (False,) if quick or count != 7 else (False, True):
-                g, *ys = maps(count + 1, shape, dtype, last)
-                plain, w = maps(extra, shape, dtype, last), torch.empty(count + extra, device="meta")
-                _, mean, var = op.norm_mixed_sum_fwd(ys, plain, w, 1e-5)
-                op.norm_mixed_sum_bwd(g, ys, plain, w, mean, var, 1e-5, True)
-                op.norm_mixed_sum_bwd_maps(g, [], w, mean, var, 1e-5, False)
+    more = (
+        [] if quick else [(7, 1, (64, 64, 8, 8)), (7, 1, (3, 5, 7, 9)), (7, 1, (3, 1, 5, 5)), (64, 0, (64, 16, 32, 32))]
+    )
+    for count, extra, shape in [(7, 1, (64, 16, 32, 32)), *more]:
+        for last in (False,) if quick else (False, True):
+            g, *ys = maps(count + 1, shape, dtype, last)
+            plain, w = maps(extra, shape, dtype, last), torch.empty(count + extra, device="meta")
+            _, mean, var = op.norm_mixed_sum_fwd(ys, plain, w, 1e-5)
+            op.norm_mixed_sum_bwd(g, ys, plain, w, mean, var, 1e-5, True)
+            op.norm_mixed_sum_bwd_maps(g, [], w, mean, var, 1e-5, False)
 
 
 OPS: dict[str, Callable[[torch.dtype, bool], None]] = {
@@ -197,9 +199,7 @@ def compile_one(job: Launch, arch: int) -> dict[str, Any]:
 
     kernel = getattr(__import__(job.module, fromlist=[job.kernel]), job.kernel)
     position = {name: i for i, (name, _) in enumerate(job.types)}
-    constants = {
-        (position[name],): tl.dtype(v) if isinstance(v, str) else v for name, v in job.constants
-    }
+    constants = {(position[name],): tl.dtype(v) if isinstance(v, str) else v for name, v in job.constants}
     source = ASTSource(
         fn=kernel,
         signature=dict(job.types),

@@ -31,8 +31,8 @@ struct Places {
 Places find_places(const std::optional<Tensor>& channels, int64_t mixed, int64_t total) {
   Places out;
   if (!channels) {
-    STD_TORCH_CHECK(mixed > 0 && total % mixed == 0, "partial_shuffle: ", total, " channels in groups of ",
-                    mixed);
+    STD_TORCH_CHECK(mixed > 0 && total >= mixed && total % mixed == 0, "partial_shuffle: ", total,
+                    " channels in groups of ", mixed);
     const int64_t groups = total / mixed;
     for (int64_t j = 0; j < mixed; ++j) out.mixed.push_back(j * groups);
     for (int64_t c = mixed; c < total; ++c) out.bypass.push_back(c % mixed * groups + c / mixed);
@@ -45,8 +45,8 @@ Places find_places(const std::optional<Tensor>& channels, int64_t mixed, int64_t
   for (int64_t c = 0; c < total; ++c) out.bypass.push_back(c);
   for (int64_t j = 0; j < mixed; ++j) {
     STD_TORCH_CHECK(at[j] >= 0 && at[j] < total && (j == 0 || at[j - 1] < at[j]),
-                    "partial_shuffle: channels must be sorted, distinct and inside [0, ", total, "), got ",
-                    at[j], " at position ", j);
+                    "partial_shuffle: channels must be sorted, distinct and inside [0, ", total, "), got ", at[j],
+                    " at position ", j);
     out.mixed.push_back(at[j]);
     out.bypass[at[j]] = -1;
   }
@@ -66,8 +66,7 @@ Tensor fresh(const Tensor& like, int64_t b, int64_t c, int64_t h, int64_t w, boo
 std::vector<Tensor> in_pieces(std::vector<Tensor> tensors, bool last) {
   for (auto& t : tensors) {
     const int64_t inner = last ? 1 : 3, outer = last ? 3 : 2;
-    if ((t.size(inner) == 1 || t.stride(inner) == 1) &&
-        (t.size(outer) == 1 || t.stride(outer) == t.size(inner)))
+    if ((t.size(inner) == 1 || t.stride(inner) == 1) && (t.size(outer) == 1 || t.stride(outer) == t.size(inner)))
       continue;
     t = torch::stable::contiguous(t, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   }
@@ -300,46 +299,53 @@ int64_t halved(int64_t n, int64_t stride) { return stride == 1 ? n : (n + 1) / 2
 
 Tensor partial_shuffle_fwd(std::vector<Tensor> mixed, std::optional<Tensor> weights, Tensor bypass,
                            std::optional<Tensor> channels, int64_t stride) {
-  STD_TORCH_CHECK(!mixed.empty() && mixed[0].dim() == 4 && bypass.dim() == 4 &&
-                      (stride == 1 || stride == 2) && bypass.size(0) == mixed[0].size(0) &&
-                      bypass.scalar_type() == mixed[0].scalar_type() &&
+  STD_TORCH_CHECK(!mixed.empty() && mixed[0].dim() == 4 && bypass.dim() == 4 && (stride == 1 || stride == 2) &&
+                      bypass.size(0) == mixed[0].size(0) && bypass.scalar_type() == mixed[0].scalar_type() &&
                       halved(bypass.size(2), stride) == mixed[0].size(2) &&
                       halved(bypass.size(3), stride) == mixed[0].size(3),
                   "partial_shuffle: mixed and bypass do not fit together");
   check_alike("partial_shuffle", mixed, mixed[0]);
   const bool last = is_channels_last(bypass);
   const int64_t m = mixed[0].size(1), total = bypass.size(1) + (channels ? 0 : m);
-  const Sizes s{
-      bypass.size(0), m,   bypass.size(1), mixed[0].size(2), mixed[0].size(3), bypass.size(2), bypass.size(3),
-      stride == 2,    last};
+  const Sizes s{.batch = bypass.size(0),
+                .mixed = m,
+                .bypass = bypass.size(1),
+                .height = mixed[0].size(2),
+                .width = mixed[0].size(3),
+                .bypass_height = bypass.size(2),
+                .bypass_width = bypass.size(3),
+                .pool = stride == 2,
+                .channels_last = last};
   const Places to = find_places(channels, m, total);
   Tensor y = fresh(bypass, s.batch, total, s.height, s.width, last);
   mixed = in_pieces(mixed, last);
   dispatch_floating(y.scalar_type(), "partial_shuffle_fwd", [&](auto tag) {
     using T = decltype(tag);
-    const Forward<T> job{
-        s, to, weights_or_one<acc_t<T>>(weights, mixed.size()), maps<T>(mixed), Map<T>(bypass), Map<T>(y)};
+    const Forward<T> job{s,        to, weights_or_one<acc_t<T>>(weights, mixed.size()), maps<T>(mixed), Map<T>(bypass),
+                         Map<T>(y)};
     run(job, mixed.size() + 1);
   });
   return y;
 }
 
 // `mixed` is empty when the weights are frozen; `bypass` is there when its gradient depends on it.
-std::tuple<std::vector<Tensor>, std::vector<double>, Tensor> gradients(
-    const Tensor& grad, std::vector<Tensor> mixed, const std::optional<Tensor>& weights,
-    const std::optional<Tensor>& bypass, const std::optional<Tensor>& channels, int64_t m, bool bypass_grad) {
+std::tuple<std::vector<Tensor>, std::vector<double>, Tensor> gradients(const Tensor& grad, std::vector<Tensor> mixed,
+                                                                       const std::optional<Tensor>& weights,
+                                                                       const std::optional<Tensor>& bypass,
+                                                                       const std::optional<Tensor>& channels, int64_t m,
+                                                                       bool bypass_grad) {
   STD_TORCH_CHECK(grad.dim() == 4, "partial_shuffle: the gradient must have 4 dimensions");
   const bool last = is_channels_last(grad), pool = bypass.has_value();
   const int64_t total = grad.size(1), rest = channels ? total : total - m;
-  const Sizes s{grad.size(0),
-                m,
-                rest,
-                grad.size(2),
-                grad.size(3),
-                pool ? bypass->size(2) : grad.size(2),
-                pool ? bypass->size(3) : grad.size(3),
-                pool,
-                last};
+  const Sizes s{.batch = grad.size(0),
+                .mixed = m,
+                .bypass = rest,
+                .height = grad.size(2),
+                .width = grad.size(3),
+                .bypass_height = pool ? bypass->size(2) : grad.size(2),
+                .bypass_width = pool ? bypass->size(3) : grad.size(3),
+                .pool = pool,
+                .channels_last = last};
   STD_TORCH_CHECK(!pool || (bypass->dim() == 4 && bypass->size(0) == s.batch && bypass->size(1) == rest &&
                             halved(s.bypass_height, 2) == s.height && halved(s.bypass_width, 2) == s.width &&
                             bypass->scalar_type() == grad.scalar_type()),
@@ -374,14 +380,11 @@ std::tuple<std::vector<Tensor>, std::vector<double>, Tensor> gradients(
   return {dmixed, total_dots, dbypass};
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_shuffle_bwd(Tensor g, std::vector<Tensor> mixed,
-                                                                    Tensor weights,
+std::tuple<std::vector<Tensor>, Tensor, Tensor> partial_shuffle_bwd(Tensor g, std::vector<Tensor> mixed, Tensor weights,
                                                                     std::optional<Tensor> bypass,
-                                                                    std::optional<Tensor> channels,
-                                                                    bool bypass_grad) {
+                                                                    std::optional<Tensor> channels, bool bypass_grad) {
   STD_TORCH_CHECK(!mixed.empty() && mixed[0].dim() == 4, "partial_shuffle: mixed tensors are needed");
-  auto [dmixed, dots, dbypass] =
-      gradients(g, mixed, weights, bypass, channels, mixed[0].size(1), bypass_grad);
+  auto [dmixed, dots, dbypass] = gradients(g, mixed, weights, bypass, channels, mixed[0].size(1), bypass_grad);
   Tensor dweights = torch::stable::new_empty(weights, weights.sizes());
   dispatch_floating(dweights.scalar_type(), "partial_shuffle_bwd", [&, &sums = dots](auto tag) {
     using W = decltype(tag);
