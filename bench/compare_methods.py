@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,7 +26,8 @@ def retrain(runs: Path, name: str, genotype: Path, seed: int, flags: dict[str, A
     """Retrain one genotype, or read the result of an earlier run of this comparison."""
     from fastnas.retrain import resolve, run_retrain
 
-    out = runs / f"{name}-retrained"
+    size = "".join(f"-{key}-{flags[key]}" for key in ("epochs", "channels") if key in flags)
+    out = runs / f"{name}-retrained{size}"
     if not (out / "result.json").exists():
         started = time.perf_counter()
         settings = {"genotype": str(genotype), "seed": seed, "threads": 1} | flags
@@ -85,7 +87,7 @@ def main() -> None:
     from fastnas.runs import versions
 
     report = {
-        "command": f"python bench/compare_methods.py --data {arguments.data} --seeds {arguments.seeds} --out FILE",
+        "command": f"python {' '.join(sys.argv)}",
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
         "retraining": flags,
