@@ -6,7 +6,8 @@
 
 Commits are checked out into worktrees and built there, the working tree is built in place. The tests of the ops come
 first: nothing is timed while they fail. Both sides are then measured in turn with the benchmarks of the working tree.
-A row is marked when it changed by more than 5% and more than 2 microseconds.
+A row is marked when it changed by more than 5% and more than 2 microseconds, with a question mark when the two
+sides' ranges (20th to 80th percentile, over all repeats) overlap.
 """
 
 from __future__ import annotations
@@ -30,29 +31,44 @@ RELATIVE, ABSOLUTE_US = 0.05, 2.0
 
 
 @dataclass(frozen=True)
+class Times:
+    """Microseconds of one row of one side: the median of its runs, the least 20th and the largest 80th percentile."""
+
+    us: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]]) -> Times:
+        median = statistics.median(row["us"] for row in rows)
+        return cls(median, min(row["us_20"] for row in rows), max(row["us_80"] for row in rows))
+
+
+@dataclass(frozen=True)
 class Change:
-    """Microseconds of one row before and after; None where the row is missing."""
+    """One row before and after; None where the row is missing."""
 
     name: str
-    before: float | None
-    after: float | None
+    before: Times | None
+    after: Times | None
 
     @property
     def ratio(self) -> float | None:
         """``after / before``: below 1 is faster."""
-        return None if self.before is None or self.after is None else self.after / self.before
+        return None if self.before is None or self.after is None else self.after.us / self.before.us
 
     @property
     def mark(self) -> str:
         if self.before is None or self.after is None:
             return "added" if self.before is None else "removed"
-        difference = self.after - self.before
-        if abs(difference) <= ABSOLUTE_US or abs(difference) <= RELATIVE * self.before:
+        difference = self.after.us - self.before.us
+        if abs(difference) <= ABSOLUTE_US or abs(difference) <= RELATIVE * self.before.us:
             return ""
-        return "slower" if difference > 0 else "faster"
+        overlap = self.before.low <= self.after.high and self.after.low <= self.before.high
+        return ("slower" if difference > 0 else "faster") + ("?" if overlap else "")
 
 
-def compare(before: dict[str, float], after: dict[str, float]) -> list[Change]:
+def compare(before: dict[str, Times], after: dict[str, Times]) -> list[Change]:
     """All rows of both, in the order of ``after``, those that are gone last."""
     names = [*after, *(name for name in before if name not in after)]
     return [Change(name, before.get(name), after.get(name)) for name in names]
@@ -62,23 +78,25 @@ def lines(changes: Sequence[Change]) -> list[str]:
     width = max((len(change.name) for change in changes), default=0)
     table = [f"{'us a call':{width}} {'before':>10} {'after':>10} {'ratio':>7}"]
     for change in changes:
-        before, after = (f"{us:10.1f}" if us is not None else f"{'-':>10}" for us in (change.before, change.after))
+        before, after = (f"{t.us:10.1f}" if t is not None else f"{'-':>10}" for t in (change.before, change.after))
         ratio = f"{change.ratio:7.3f}" if change.ratio is not None else f"{'-':>7}"
         table.append(f"{change.name:{width}} {before} {after} {ratio}  {change.mark}".rstrip())
     return table
 
 
-def rows_of(report: dict[str, Any]) -> dict[str, float]:
-    return {row["name"]: row["us"] for row in report["rows"]}
+def machines(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    if before["machine"] == after["machine"]:
+        return [before["machine"]]
+    return [before["machine"], after["machine"], "these are different machines: the ratios say nothing about the code"]
 
 
-def median_rows(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Each row's median over repeated runs of one commit."""
-    found: dict[str, list[float]] = {}
+def times(reports: Sequence[dict[str, Any]]) -> dict[str, Times]:
+    """The rows of repeated runs of one side, by name."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for report in reports:
-        for name, us in rows_of(report).items():
-            found.setdefault(name, []).append(us)
-    return {name: statistics.median(values) for name, values in found.items()}
+        for row in report["rows"]:
+            found.setdefault(row["name"], []).append(row)
+    return {name: Times.of(rows) for name, rows in found.items()}
 
 
 @contextlib.contextmanager
@@ -100,41 +118,47 @@ def checkout(commit: str | None) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
 
 
-def python(tree: Path, *arguments: str | Path) -> int:
-    """Runs Python in ``tree``, with its fastnas before the installed one; the exit status."""
+def python(tree: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs Python in ``tree``, with its fastnas before the installed one."""
     environment = {**os.environ, "PYTHONPATH": str(tree)}
-    return subprocess.run([sys.executable, *arguments], cwd=tree, env=environment, check=False).returncode
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=tree, env=environment, check=False, capture_output=True, text=True)
 
 
-def measure(trees: Sequence[Path], ops: Sequence[str], select: str, repeats: int) -> list[dict[str, float]]:
-    """Build and test every tree, then measure them in turn; the rows of each.
+def measure(trees: Sequence[Path], ops: Sequence[str], select: str, repeats: int) -> list[list[dict[str, Any]]]:
+    """Build and test every tree, then measure them in turn; the reports of each.
 
     Raises:
         SystemExit: a build fails, or a test of an op that the tree has.
     """
     for tree in trees:
-        print(f"build and test: {tree}", flush=True)
-        if python(tree, "setup.py", "-q", "build_ext", "--inplace"):
-            raise SystemExit(f"compare: the build in {tree} failed")
+        print(f"build and test {tree}", flush=True)
         tests = [test for op in ops if (test := tree / "tests" / "ops" / f"test_{op}.py").exists()]
-        if tests and python(tree, "-m", "pytest", "-q", "-x", *tests):
-            raise SystemExit(f"compare: tests in {tree} fail, so nothing is timed")
+        steps = [["setup.py", "-q", "build_ext", "--inplace"], ["-m", "pytest", "-q", "-x", *tests]]
+        for step in steps if tests else steps[:1]:
+            done = python(tree, *step)
+            if done.returncode:
+                raise SystemExit(f"{done.stdout}{done.stderr}\ncompare: this failed in {tree}, so nothing is timed")
 
+    files = [f"bench/test_{op}.py" for op in (*ops, "overhead")]
+    rows = f"({' or '.join(ops)})" + (f" and ({select})" if select else "")
+    flags = ["--benchmark-only", "--no-compile", "--continue-on-collection-errors", "-k", rows]
     reports: list[list[dict[str, Any]]] = [[] for _ in trees]
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
             for tree, found in zip(trees, reports, strict=True):
-                print(f"measure {repeat + 1}/{repeats}: {tree}", flush=True)
+                print(f"measure {tree} ({repeat + 1} of {repeats})", flush=True)
                 out = Path(folder) / "results.json"
-                files = [f"bench/test_{op}.py" for op in (*ops, "overhead")]
-                flags = ["--benchmark-only", "--no-compile", "--continue-on-collection-errors", "--results", out]
-                # The exit status is not asked for: an op that one side does not have fails there.
-                python(tree, "-m", "pytest", "-q", "--tb=line", *files, *flags, "-k", select)
+                done = python(tree, "-m", "pytest", "-q", "--tb=line", *files, *flags, "--results", out)
+                # An op that one side does not have fails there: its rows are missing, the others count.
+                for line in done.stdout.splitlines():
+                    if line.startswith(("FAILED", "ERROR")):
+                        print(f"  {line}")
                 if not out.exists():
-                    raise SystemExit(f"compare: no row was measured in {tree}")
+                    raise SystemExit(f"{done.stdout}{done.stderr}\ncompare: no row was measured in {tree}")
                 found.append(json.loads(out.read_text()))
                 out.unlink()
-    return [median_rows(found) for found in reports]
+    return reports
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -149,14 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     files = [Path(name) for name in (args.before, args.after) if name and name.endswith(".json")]
     if len(files) == 2:
-        before, after = (rows_of(json.loads(file.read_text())) for file in files)
+        before, after = ([json.loads(file.read_text())] for file in files)
     elif files:
         parser.error("two files of results or two commits are compared, not one of each")
     else:
         ops = args.op or sorted(benches)
         with checkout(args.before) as old, checkout(args.after) as new:
             before, after = measure([old, new], ops, args.select, args.repeats)
-    print("\n".join(lines(compare(before, after))))
+    table = lines(compare(times(before), times(after)))
+    print("\n".join([*machines(before[0], after[0]), *table]))
 
 
 if __name__ == "__main__":

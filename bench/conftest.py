@@ -89,7 +89,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     races, overheads = config.stash[_races], config.stash[_overheads]
     if not races and not overheads:
         return
+    load = config.stash[_head]["load"]
     lines = [machine_line(), versions_line()]
+    if load > torch.get_num_threads() / 2:
+        lines.append(f"the load was {load} at the start: other programs share the machine, trust none of these times")
     lines += race_lines(races) if races else []
     lines += overhead_lines(overheads) if overheads else []
     if path := config.getoption("--results"):

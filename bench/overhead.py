@@ -17,9 +17,10 @@ CALLS = 10  # a round; few enough that a GPU's launch queue never fills, which w
 
 
 def overhead(function: Function, reference: Function, inputs: Inputs, *, op: str, mode: str, pedantic: Pedantic) -> Row:
-    """Microseconds a call of ``function`` and of its eager reference, timed in turn.
+    """Microseconds a call of ``function`` and of its eager reference, timed in turn on one thread.
 
-    Modes: ``no grad``; ``forward`` with inputs that require gradients; ``forward+backward``.
+    Modes: ``no grad``; ``forward`` with inputs that require gradients; ``forward+backward``. Tensors of this size gain
+    nothing from a second thread, and waiting for it takes milliseconds while other programs run.
 
     Raises:
         AssertionError: the function's results or gradients break the tolerance rule; nothing has been timed then.
@@ -52,9 +53,14 @@ def overhead(function: Function, reference: Function, inputs: Inputs, *, op: str
         return after_the_queue_is_empty if where.type == "cuda" else timed
 
     turns = Turns({"eager": clock(reference), "ours": clock(function)}, "ours")
-    for _ in range(5):
-        turns.rounds(BUDGET)
-    pedantic(turns.last, setup=turns.others, rounds=turns.rounds(BUDGET, most=500))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):  # warms up
+            turns.rounds(BUDGET)
+        pedantic(turns.last, setup=turns.others, rounds=turns.rounds(BUDGET, most=500))
+    finally:
+        torch.set_num_threads(threads)
     return {"op": op, "mode": mode, "name": f"overhead {op} {mode}", "device": where.type} | _summary(turns.samples)
 
 

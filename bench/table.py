@@ -49,9 +49,13 @@ def _short(row: Row) -> str:
 def _figures(row: Row) -> str:
     spread = f"{_us(row['us_20'])} - {_us(row['us_80'])}"
     rate = f"{row['GB_s']:6.1f} {row['share_of_copy']:5.0%}" if "GB_s" in row else f"{'-':>6} {'-':>5}"
-    compiled = f"{row['vs_compiled']:6.2f}x" if "vs_compiled" in row else f"{'-':>7}"
+    compiled = _times(row["vs_compiled"]) if "vs_compiled" in row else "-"
     memory = f"{size(row['peak_bytes'])} ({size(row['eager_peak_bytes'])})"
-    return f"{_us(row['us']):>9} {spread:>15} {rate} {row['vs_eager']:6.2f}x {compiled} {memory:>17}"
+    return f"{_us(row['us']):>9} {spread:>15} {rate} {_times(row['vs_eager']):>7} {compiled:>7} {memory:>17}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 100 else f"{ratio:.0f}x"
 
 
 def _us(value: float) -> str:

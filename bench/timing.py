@@ -123,10 +123,13 @@ def _cycles_per_second() -> float:
     return 1e10 / begin.elapsed_time(end)
 
 
-def clock_for(run: Run, device: torch.device, warm_up: int = 3) -> Clock:
-    """The clock of a device around ``run``, which has been called ``warm_up`` times."""
-    for _ in range(warm_up):
-        run()
+def clock_for(run: Run, device: torch.device) -> Clock:
+    """The clock of a device around ``run``, which has been called up to three times, for half a second, to warm up."""
+    end = time.perf_counter() + 0.5
+    run()
+    for _ in range(2):
+        if time.perf_counter() < end:
+            run()
     return cuda_clock(run) if device.type == "cuda" else host_clock(run)
 
 

@@ -35,6 +35,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int8: "i8",
     torch.uint8: "u8",
 }
 
@@ -96,11 +97,12 @@ def call_partial_shuffle(dtype: torch.dtype, quick: bool) -> None:
 
     if quick:
         return one(256, 16, 4, 32, 2, False, False)
-    for shape in ((256, 16, 4, 32), (64, 64, 4, 8), (3, 6, 2, 7)):
-        for stride in (1, 2):
-            for subset in (False, True):
-                for last in (False, True):
-                    one(*shape, stride, subset, last)
+    for stride in (1, 2):
+        one(64, 64, 4, 8, stride, False, False)
+        one(3, 6, 2, 7, stride, False, False)
+        for subset in (False, True):
+            for last in (False, True):
+                one(256, 16, 4, 32, stride, subset, last)
 
 
 def call_gumbel_softmax(dtype: torch.dtype, quick: bool) -> None:
@@ -130,12 +132,29 @@ def call_norm_mixed_sum(dtype: torch.dtype, quick: bool) -> None:
             op.norm_mixed_sum_bwd_maps(g, [], w, mean, var, 1e-5, False)
 
 
+def call_depthwise_bank(dtype: torch.dtype, quick: bool) -> None:
+    from fastnas.kernels import depthwise_bank as op
+
+    def one(batch: int, channels: int, side: int, stride: int, last: bool) -> None:
+        x = maps(1, (batch, channels, side, side), dtype, last)[0]
+        ws = [torch.empty((channels, 1, k, k), dtype=dtype, device="meta") for k in (3, 5, 3, 5)]
+        rest = ((1, 1, 2, 2), stride, True, True, True)
+        ys = op.depthwise_bank_fwd(x, ws, *rest)
+        op.depthwise_bank_bwd(ys, x, ws, *rest, True, True)
+
+    one(64, 16, 32, 1, False)
+    if not quick:
+        one(64, 16, 32, 2, True)
+        one(64, 64, 8, 1, False)
+
+
 OPS: dict[str, Callable[[torch.dtype, bool], None]] = {
     "mixed_sum": call_mixed_sum,
     "path_dropout": call_path_dropout,
     "partial_shuffle": call_partial_shuffle,
     "gumbel_softmax": call_gumbel_softmax,
     "norm_mixed_sum": call_norm_mixed_sum,
+    "depthwise_bank": call_depthwise_bank,
 }
 
 
@@ -157,7 +176,8 @@ def launches(ops: list[str], dtypes: list[str], quick: bool) -> list[Launch]:
             _launch._device_name = lambda device, table=table: table
             for op in ops:
                 for dtype in dtypes:
-                    OPS[op](getattr(torch, dtype), quick)
+                    # float16 takes the paths of bfloat16, and float64 is there to check the others against.
+                    OPS[op](getattr(torch, dtype), quick or dtype in ("float16", "float64"))
     finally:
         _launch._device_name = name
         for module in modules:
@@ -170,7 +190,7 @@ def _seen(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Laun
     warps = constants.pop("num_warps")
     types: list[tuple[str, Any]] = []
     aligned: list[tuple[int, ...]] = []
-    folded: dict[str, Any] = {name: str(v) if not isinstance(v, (int, bool)) else v for name, v in constants.items()}
+    folded: dict[str, Any] = {name: v if isinstance(v, (int, tuple)) else str(v) for name, v in constants.items()}
     for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
         free = parameter.do_not_specialize
         if value is None or (type(value) is int and value == 1 and not free):
@@ -187,6 +207,7 @@ def _seen(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Laun
             if value % 16 == 0 and not free:
                 aligned.append((i,))
     types += [(name, "constexpr") for name in constants]
+    types.sort(key=lambda pair: kernel.arg_names.index(pair[0]))
     return Launch(kernel.fn.__module__, kernel.fn.__name__, tuple(types), tuple(aligned), tuple(folded.items()), warps)
 
 
