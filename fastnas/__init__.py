@@ -12,9 +12,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "backend": "fastnas._backends",
+    "depthwise_bank": "fastnas.ops.depthwise_bank",
     "drop_path": "fastnas.ops.path_dropout",
     "gumbel_softmax": "fastnas.ops.gumbel_softmax",
     "mixed_sum": "fastnas.ops.mixed_sum",
+    "norm_mixed_sum": "fastnas.ops.norm_mixed_sum",
     "partial_shuffle": "fastnas.ops.partial_shuffle",
     "path_dropout": "fastnas.ops.path_dropout",
     "sample_channels": "fastnas.ops.partial_shuffle",

@@ -1,8 +1,8 @@
 """How the Triton kernels are launched: explicit configurations, one place for layouts and ordered sums.
 
-Configurations come from ``configs/<device>.json``, else from ``configs/default.json``, which is a heuristic: nothing is
-tuned while a user waits. A table maps a kernel to rows ``{"dtypes": [...], "up_to": size, ...constants}``; the first row
-whose conditions hold is used, and the last one has none. ``size`` is the number of elements of one map. The
+Configurations come from ``configs/<device>.json``, else from ``configs/default.json``, which is a heuristic: nothing
+is tuned while a user waits. A table maps a kernel to rows ``{"dtypes": [...], "up_to": size, ...constants}``; the first
+row whose conditions hold is used, and the last one has none. ``size`` is the number of elements of one map. The
 interpreter (``TRITON_INTERPRET=1``, on CPU tensors) has a table of its own with few, large programs, because each one
 costs it milliseconds.
 
@@ -114,6 +114,45 @@ def planes(t: Tensor) -> tuple[int, int, int] | None:
     return t.stride(0), t.stride(1), 1 if step is None else step
 
 
+def is_channels_last(like: Tensor) -> bool:
+    """The layout of what the shuffle and the depthwise bank write; their files in fastnas/ops have the same rule."""
+    return like.stride(1) == 1 and like.stride(3) > 1
+
+
+def memory_format(like: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(like) else torch.contiguous_format
+
+
+def empty_map(like: Tensor, *shape: int) -> Tensor:
+    """A fresh map of that shape in the layout of ``like``."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+
+
+def walkable(tensors: Sequence[Tensor], like: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    """``tensors`` with the strides that they share; copies in the layout of ``like`` where they share none."""
+    strides = planes(tensors[0])
+    if strides is None or not all(same_layout(t, tensors[0]) for t in tensors):
+        tensors = [t.contiguous(memory_format=memory_format(like)) for t in tensors]
+        strides = planes(tensors[0])
+    return tuple(tensors), strides
+
+
+def tile(y: Tensor, block: int) -> tuple[int, int, int]:
+    """Programs, and channels and pixels of a tile of ``block`` elements of the maps ``y`` ``[B, C, H, W]``.
+
+    Whole pixels in channels last, else runs of a plane; several where one does not fill the tile.
+    """
+    batch, channels, height, width = y.shape
+    bc, bp = triton.next_power_of_2(channels), triton.next_power_of_2(height * width)
+    if is_channels_last(y):
+        bc = min(bc, block)
+        bp = min(bp, block // bc)
+    else:
+        bp = min(bp, block)
+        bc = min(bc, block // bp)
+    return batch * triton.cdiv(channels, bc) * triton.cdiv(height * width, bp), bc, bp
+
+
 def ordered_sum(parts: Tensor, like: Tensor) -> Tensor:
     """Row sums of ``parts`` ``[K, P]`` in the shape and dtype of ``like``, always added in the same order."""
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -135,4 +174,7 @@ def ordered_sum_kernel(p_parts, p_out, P, BP: tl.constexpr):
     while start < P:
         b_sum += tl.load(p_parts + i_k * P + start + o_p, mask=start + o_p < P, other=0.0).to(tl.float64)  # [BP]
         start += BP
-    tl.store(p_out + i_k, tl.sum(b_sum).to(p_out.dtype.element_ty))
+    if p_out.dtype.element_ty == tl.float64:
+        tl.store(p_out + i_k, tl.sum(b_sum))
+    else:  # by way of float32: the interpreter cannot turn float64 into bfloat16
+        tl.store(p_out + i_k, tl.sum(b_sum).to(tl.float32).to(p_out.dtype.element_ty))

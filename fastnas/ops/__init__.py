@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from fastnas import _backends
+from fastnas.ops.depthwise_bank import depthwise_bank
 from fastnas.ops.gumbel_softmax import gumbel_softmax
 from fastnas.ops.mixed_sum import mixed_sum
+from fastnas.ops.norm_mixed_sum import norm_mixed_sum
 from fastnas.ops.partial_shuffle import partial_shuffle, sample_channels
 from fastnas.ops.path_dropout import drop_path, path_dropout, sample_path_mask
 
 _backends.bind_by_environment()
 
 __all__ = [
+    "depthwise_bank",
     "drop_path",
     "gumbel_softmax",
     "mixed_sum",
+    "norm_mixed_sum",
     "partial_shuffle",
     "path_dropout",
     "sample_channels",

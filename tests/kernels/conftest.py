@@ -1,4 +1,4 @@
-"""The kernels are tested on a GPU, or with ``TRITON_INTERPRET=1`` on CPU tensors (``test_interpreter.py`` does that)."""
+"""The kernels are tested on a GPU, or on CPU tensors with ``TRITON_INTERPRET=1``, as ``test_interpreter.py`` does."""
 
 from __future__ import annotations
 

@@ -35,6 +35,15 @@ def kernels_on_disk() -> set[str]:
     return {line.split("(")[0].removeprefix("def ") for line in text.splitlines() if "_kernel(" in line[:60]} - {""}
 
 
+# These read and write sums and weights, which are never half-width.
+ON_SUMS = {
+    "ordered_sum_kernel",
+    "norm_mixed_sum_combine_kernel",
+    "norm_mixed_sum_scale_kernel",
+    "norm_mixed_sum_sums_kernel",
+}
+
+
 def test_every_kernel_compiles_without_spilling(rows: list[dict]) -> None:
     assert {row["kernel"] for row in rows} == {name for name in kernels_on_disk() if name.endswith("_kernel")}
     assert [row for row in rows if row["spilled_bytes"]] == []
@@ -49,7 +58,10 @@ def test_registers_and_shared_memory_leave_room_for_several_blocks(rows: list[di
 def test_the_committed_table_covers_every_kernel_architecture_and_dtype() -> None:
     table = json.loads(RESULTS.read_text())["rows"]
     assert {row["arch"] for row in table} == {"sm_80", "sm_90"}
-    for kernel in (name for name in kernels_on_disk() if name.endswith("_kernel") and name != "ordered_sum_kernel"):
+    for kernel in (name for name in kernels_on_disk() if name.endswith("_kernel")):
         dtypes = {row["dtype"] for row in table if row["kernel"] == kernel}
-        assert dtypes == {"fp32", "fp64", "fp16", "bf16"}, kernel
+        if kernel in ON_SUMS:
+            assert dtypes and dtypes <= {"fp32", "fp64"}, kernel
+        else:
+            assert dtypes == {"fp32", "fp64", "fp16", "bf16"}, kernel
     assert [row for row in table if row["spilled_bytes"]] == []

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastnas
 
+bank = importlib.import_module("fastnas.ops.depthwise_bank").depthwise_bank
 fused_norm = importlib.import_module("fastnas.ops.norm_mixed_sum").norm_mixed_sum
 pytestmark = pytest.mark.gpu
 Case = tuple[Callable[..., Tensor], list[Tensor]]
@@ -50,7 +51,23 @@ def cases() -> dict[str, Callable[[torch.dtype], Case]]:
         tensors = [torch.rand(8, device="cuda"), *maps(8, 16, 32, dtype)]
         return lambda w, *xs: fused_norm(xs[:7], w, plain=xs[7:]), leaves(tensors)
 
-    ops = (mixed_sum, path_dropout, partial_shuffle, partial_shuffle_subset, gumbel_softmax, norm_mixed_sum)
+    def depthwise_bank(dtype: torch.dtype) -> Case:
+        ws = [torch.randn(16, 1, k, k, device="cuda").to(dtype) for k in (3, 5, 3, 5)]
+
+        def call(x: Tensor, *ws: Tensor) -> Tensor:
+            return torch.cat([y.flatten() for y in bank(x, ws, [1, 1, 2, 2], max_pool=True, avg_pool=True)])
+
+        return call, leaves([*maps(1, 16, 32, dtype), *ws])
+
+    ops = (
+        mixed_sum,
+        path_dropout,
+        partial_shuffle,
+        partial_shuffle_subset,
+        gumbel_softmax,
+        norm_mixed_sum,
+        depthwise_bank,
+    )
     return {f.__name__: f for f in ops}
 
 

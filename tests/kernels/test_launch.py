@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,28 @@ print("triton" in sys.modules, "fastnas.kernels.mixed_sum" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_backends_change_places_behind_the_same_flat_ops() -> None:
+    code = """
+import sys
+import torch, fastnas
+x, w = [torch.ones(2, 3)], torch.full((1,), 2.0)
+for name in ("native", "triton", "native", "triton", "reference"):
+    before = "fastnas.kernels.mixed_sum" in sys.modules
+    with fastnas.backend(f"mixed_sum={name}"):
+        y = fastnas.mixed_sum(x, w.requires_grad_())
+    print(name, before, "fastnas.kernels.mixed_sum" in sys.modules, y.unique().tolist())
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == [
+        "native False False [2.0]",
+        "triton False True [2.0]",
+        "native True True [2.0]",
+        "triton True True [2.0]",
+        "reference True True [2.0]",
+    ], done.stderr
 
 
 def test_triton_asked_for_on_the_cpu_is_refused_with_the_reason() -> None:
