@@ -154,9 +154,9 @@ std::vector<Tap> forward_taps(const Kernel& kernel, int64_t pitch, int64_t weigh
   return out;
 }
 
-// Appends the taps that take a kernel's output gradient, `buffer` elements away, back to the input pixels (stride * i +
-// row, stride
-// * j + column): of every stride x stride input pixels each has its own taps, counted from gradient pixel (i, j).
+// Appends the taps that take the gradient of a kernel's output, `buffer` elements away, back to the input pixels
+// (stride * i + row, stride * j + column), counted from gradient pixel (i, j). Every one of stride x stride
+// neighbouring input pixels has its own taps.
 template <class A>
 void append_backward_taps(std::vector<Tap>& out, const Kernel& kernel, int64_t buffer, int64_t pitch, int64_t weight,
                           int64_t step, int64_t stride, int64_t row, int64_t column) {
