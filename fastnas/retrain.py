@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +183,9 @@ def run_retrain(
 
     network.eval()
     figures = evaluate(network, data.test.batches(settings.batch_size))
+    without_auxiliary = replace(plan, retrain=replace(settings, auxiliary_weight=0.0))
     counts = count(
-        DerivedNetwork(
-            genotype,
-            channels=settings.channels,
-            cells=settings.cells,
-            classes=data.num_classes,
-            in_channels=data.channels,
-            stem=settings.stem,
-        ),
+        build_network(without_auxiliary, data.num_classes, data.channels),
         (data.channels, data.image_size, data.image_size),
     )
     result = RetrainResult(figures["accuracy"], figures["loss"], counts.parameters, counts.multiply_adds, run)

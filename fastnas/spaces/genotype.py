@@ -85,7 +85,10 @@ class Genotype:
         except (ValueError, RecursionError) as error:
             raise UserError(f"genotype: not valid JSON ({_first_line(error)})") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise UserError(f'genotype: the JSON lacks "format": "{FORMAT}", so it is not a fastnas genotype')
+            raise UserError(
+                f'genotype: the JSON lacks "format": "{FORMAT}", so it is not a fastnas genotype; '
+                "give the genotype.json of a run"
+            )
         if data.get("version") != VERSION:
             raise UserError(
                 f"genotype: version {data.get('version')!r} was written by another fastnas; this one reads {VERSION}"

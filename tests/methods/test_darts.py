@@ -131,19 +131,26 @@ def test_warmup_trains_weights_only(problem, batches):
     assert "search_loss" in method.step(1, *batches)
 
 
-def test_weights_are_clipped_and_alphas_are_not(problem, batches):
+def test_weights_are_clipped(problem, batches):
     method = build(problem)
     x, y = batches[0]
     method.weight_step((1e3 * x, y))
     norm = torch.stack([p.grad.norm() for p in method.parameters if p.grad is not None]).norm()
     assert norm <= 5.0 * (1 + 1e-9)
-    method.settings = module.DartsSettings()
+
+
+def test_alphas_are_not_clipped(problem, batches, monkeypatch):
+    """The gradient that reaches Adam is the whole one, however long."""
+    method = build(problem)
     _, gradients = method.first_order_gradient(*batches)
+    long = [1e3 * gradient for gradient in gradients]
+    assert torch.stack([gradient.norm() for gradient in long]).norm() > method.weights.grad_clip
+    monkeypatch.setattr(method, "first_order_gradient", lambda train, search: (torch.zeros(()), long))
+    before = copies(method.alphas.parameters())
     method.architecture_step(*batches)
-    # Adam's first step from grad g is lr * (g + wd a) / |g + wd a|: its moment holds the unclipped gradient.
-    parameter = method.alphas.alpha_normal
-    state = method.arch_optimizer.state[parameter]
-    assert state["exp_avg"].shape == (5, 4)
+    for parameter, start, gradient in zip(method.alphas.parameters(), before, long, strict=True):
+        first_moment = (1 - 0.5) * (gradient + method.settings.arch_weight_decay * start)
+        torch.testing.assert_close(method.arch_optimizer.state[parameter]["exp_avg"], first_moment)
 
 
 def test_weight_step_keeps_nothing_for_alpha(problem, batches):
