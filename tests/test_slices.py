@@ -20,6 +20,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 STEMS = sorted(p.stem for p in (ROOT / "fastnas" / "ops").glob("[a-z]*.py"))
+STAGES = sorted(p.stem for p in (ROOT / "fastnas" / "ops" / "stages").glob("[a-z]*.py"))  # the engine's own ops
 SLICE = [
     "fastnas/ops/{}.py",
     "fastnas/reference/{}.py",
@@ -32,7 +33,7 @@ SLICE = [
 
 def test_the_named_ops_are_there() -> None:
     assert {"mixed_sum", "path_dropout", "partial_shuffle", "gumbel_softmax"} <= set(STEMS)
-    assert set(STEMS) == set(_backends._flat_ops)
+    assert {*STEMS, *STAGES} == set(_backends._flat_ops)
 
 
 @pytest.mark.parametrize("path", SLICE)
@@ -58,6 +59,13 @@ def test_reference_takes_the_arguments_of_the_public_function(stem: str) -> None
 def test_the_library_implements_the_flat_ops_that_the_schema_defines(stem: str) -> None:
     schemas = set(re.findall(rf'"({stem}_\w+)\(', (ROOT / f"fastnas/ops/{stem}.py").read_text()))
     kernels = set(re.findall(r'm\.impl\("(\w+)"', (ROOT / f"csrc/ops/{stem}.cpp").read_text()))
+    assert schemas == kernels == set(_backends._flat_ops[stem])
+
+
+@pytest.mark.parametrize("stem", STAGES)
+def test_the_library_implements_the_stages(stem: str) -> None:
+    schemas = set(re.findall(rf'"({stem.split("_")[0]}_\w+)\(', (ROOT / f"fastnas/ops/stages/{stem}.py").read_text()))
+    kernels = set(re.findall(r'm\.impl\("(\w+)"', (ROOT / f"csrc/ops/stages/{stem}.cpp").read_text()))
     assert schemas == kernels == set(_backends._flat_ops[stem])
 
 

@@ -1,15 +1,19 @@
-"""The plain supernet executor: standard modules, one call a candidate. The oracle and the honest baseline."""
+"""The supernet, and its plain executor: standard modules, one call a candidate. The oracle and the honest baseline.
+
+The fused executor, in `fastnas.engine.fused`, computes the same from the same modules.
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnas.engine.fused import run_fused
 from fastnas.engine.mixture import Mixture
 from fastnas.engine.stems import build_stem
 from fastnas.errors import UserError
@@ -17,6 +21,8 @@ from fastnas.nn import FactorizedReduce, MixedOp, ReLUConvBN
 from fastnas.ops import mixed_sum
 from fastnas.spaces.darts import DartsSpace, reduction_cells
 from fastnas.spaces.genotype import Genotype, Node
+
+EXECUTORS = ("plain", "fused", "lean")
 
 
 class SupernetCell(nn.Module):
@@ -69,12 +75,22 @@ class SupernetCell(nn.Module):
         return torch.cat(states[2:], dim=1)
 
 
+def run_plain(cell: SupernetCell, s0: Tensor, s1: Tensor, architecture: Mixture | Genotype) -> Tensor:
+    """Run a cell module by module."""
+    if isinstance(architecture, Genotype):
+        return cell.forward_path(s0, s1, architecture.reduce if cell.reduction else architecture.normal)
+    if cell.reduction:
+        return cell(s0, s1, architecture.reduce, architecture.reduce_edges)
+    return cell(s0, s1, architecture.normal, architecture.normal_edges)
+
+
 class Supernet(nn.Module):
     """The over-parameterised network of weight sharing: stem, cells, global average pool, linear classifier.
 
     `channels`: C of the first cells, doubled at each of the two reduction cells (at a third and at two thirds);
     `k`: partial channels 1/K (PC-DARTS); `stem`: "cifar" or "imagenet". Its parameters are the shared weights only;
-    the architecture comes with each call.
+    the architecture comes with each call. `executor`: "plain" (one module call a candidate), "fused" or "lean" (both
+    fused; lean keeps little more than the states of the cells between forward and backward, and computes more).
     """
 
     def __init__(
@@ -87,13 +103,17 @@ class Supernet(nn.Module):
         in_channels: int = 3,
         k: int = 1,
         stem: str = "cifar",
+        executor: str = "plain",
     ) -> None:
         super().__init__()
+        if executor not in EXECUTORS:
+            raise UserError(f"unknown executor {executor!r}; there are {', '.join(EXECUTORS)}")
         if channels % (2 * k):
             raise UserError(
                 f"channels must be a multiple of 2k = {2 * k} so that 1/k of them can be selected, got {channels}"
             )
         self.space = space
+        self.executor = executor
         self.stem = build_stem(stem, in_channels, channels)
         c_prev_prev = c_prev = self.stem.out_channels
         previous_reduces = self.stem.reduces_at_end
@@ -121,13 +141,11 @@ class Supernet(nn.Module):
         A Mixture runs every candidate (DARTS, eq. 2); a Genotype runs its sampled path alone, at the cost and
         memory of one child network.
         """
+        fused = self.executor != "plain"
+        run = partial(run_fused, lean=self.executor == "lean") if fused else run_plain
+        if fused:
+            x = x.contiguous(memory_format=torch.channels_last)
         s0, s1 = self.stem(x)
         for cell in self.cells:
-            if isinstance(architecture, Genotype):
-                nodes = architecture.reduce if cell.reduction else architecture.normal
-                s0, s1 = s1, cell.forward_path(s0, s1, nodes)
-            elif cell.reduction:
-                s0, s1 = s1, cell(s0, s1, architecture.reduce, architecture.reduce_edges)
-            else:
-                s0, s1 = s1, cell(s0, s1, architecture.normal, architecture.normal_edges)
+            s0, s1 = s1, run(cell, s0, s1, architecture)
         return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))

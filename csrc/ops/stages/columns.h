@@ -1,0 +1,87 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "ops/stages/vector.h"
+
+namespace fastnas {
+
+// Sums by channel over images of `pixels`, in T over 64 rows at a time and in double over these. Where pixels have no
+// gaps ("dense") and channels divide a vector, several pixels make a row of one vector; else a row is a pixel.
+template <class T>
+class ChannelSums {
+ public:
+  ChannelSums(int64_t pixels, int64_t channels, bool dense = true)
+      : channels_(channels),
+        width_(dense && channels < kLanes<T> && kLanes<T> % channels == 0 ? kLanes<T> : channels),
+        rows_(pixels * channels / width_),
+        rest_(pixels * channels % width_),
+        first_(width_),
+        second_(width_),
+        centre_(width_) {}
+
+  // Elements from one row to the next of a map whose pixels are `pixel` elements apart.
+  int64_t step(int64_t pixel) const { return width_ == channels_ ? pixel : width_; }
+
+  // What to subtract, by channel, for terms to read by column.
+  template <class A>
+  FASTNAS_INLINE inline void set_centre(const A* centre) {
+    for (int64_t c = 0; c < width_; ++c) centre_[c] = static_cast<T>(centre[c % channels_]);
+  }
+  const T* centre() const { return centre_.data(); }
+
+  // first[c], second[c] = sums of a and b, to which term(row, column, a, b) adds what is there: vectors or numbers.
+  template <class Term>
+  FASTNAS_INLINE inline void sum(double* first, double* second, const Term& term) {
+    std::fill(first_.begin(), first_.end(), 0.0);
+    std::fill(second_.begin(), second_.end(), 0.0);
+    for (int64_t start = 0; start < rows_; start += kRowsInFull) {
+      const int64_t end = std::min(rows_, start + kRowsInFull);
+      int64_t c = 0;
+      for (; c + kLanes<T> <= width_; c += kLanes<T>) {
+        Vec<T> a[2]{}, b[2]{};
+        int64_t r = start;
+        for (; r + 2 <= end; r += 2) {
+          term(r, c, a[0], b[0]);
+          term(r + 1, c, a[1], b[1]);
+        }
+        if (r < end) term(r, c, a[0], b[0]);
+        a[0] += a[1];
+        b[0] += b[1];
+        for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
+          first_[c + lane] += a[0][lane];
+          second_[c + lane] += b[0][lane];
+        }
+      }
+      for (; c < width_; ++c) {
+        T a = 0, b = 0;
+        for (int64_t r = start; r < end; ++r) term(r, c, a, b);
+        first_[c] += a;
+        second_[c] += b;
+      }
+    }
+    for (int64_t c = 0; c < rest_; ++c) {
+      T a = 0, b = 0;
+      term(rows_, c, a, b);
+      first_[c] += a;
+      second_[c] += b;
+    }
+    for (int64_t c = 0; c < channels_; ++c) {
+      first[c] = second[c] = 0;
+      for (int64_t column = c; column < width_; column += channels_) {
+        first[c] += first_[column];
+        second[c] += second_[column];
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kRowsInFull = 64;
+  int64_t channels_, width_, rows_, rest_;
+  std::vector<double> first_, second_;
+  std::vector<T> centre_;
+};
+
+}  // namespace fastnas

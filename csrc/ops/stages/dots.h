@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/stages/columns.h"
+
+namespace fastnas {
+
+// Sums of g and of g (z - mean) by channel, for several pairs of maps (g, z); made image by image, put together in the
+// images' order.
+template <class T>
+class Dots {
+ public:
+  Dots(int64_t pairs, int64_t batch, int64_t channels)
+      : pairs_(pairs), batch_(batch), channels_(channels), images_(pairs * batch * 2 * channels) {}
+
+  // An image of a pair; `g_pixel`, `z_pixel`: elements from one pixel to the next; `sums` is the thread's own.
+  FASTNAS_INLINE inline void measure(int64_t pair, int64_t image, const T* g, int64_t g_pixel, const T* z,
+                                     int64_t z_pixel, const T* mean, ChannelSums<T>& sums) {
+    double* out = images_.data() + (pair * batch_ + image) * 2 * channels_;
+    const int64_t g_step = sums.step(g_pixel), z_step = sums.step(z_pixel);
+    sums.set_centre(mean);
+    sums.sum(out, out + channels_, [&](int64_t row, int64_t column, auto& a, auto& b) FASTNAS_INLINE {
+      std::remove_reference_t<decltype(a)> d, v, m;
+      read(g + row * g_step + column, d);
+      read(z + row * z_step + column, v);
+      read(sums.centre() + column, m);
+      a += d;
+      b += d * (v - m);
+    });
+  }
+
+  // [pairs, 2, channels]
+  void write(T* out) const {
+    for (int64_t p = 0; p < pairs_; ++p)
+      for (int64_t c = 0; c < 2 * channels_; ++c) {
+        double sum = 0;
+        for (int64_t b = 0; b < batch_; ++b) sum += images_[(p * batch_ + b) * 2 * channels_ + c];
+        out[p * 2 * channels_ + c] = static_cast<T>(sum);
+      }
+  }
+
+ private:
+  int64_t pairs_, batch_, channels_;
+  std::vector<double> images_;
+};
+
+}  // namespace fastnas

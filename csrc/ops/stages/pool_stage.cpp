@@ -1,0 +1,286 @@
+// Max and average pooling (3x3) of a map and their gradient. Schema and meaning: fastnas/ops/stages/pool_stage.py.
+
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "ops/stages/chunks.h"
+#include "ops/stages/frame.h"
+#include "ops/stages/statistics.h"
+
+namespace fastnas {
+namespace {
+
+constexpr int kTaps = 9;
+
+// An image of one call with a border of one pixel, and where a window's taps are.
+template <class T>
+struct Windows {
+  Frame<T> frame;
+  int64_t offsets[kTaps];  // row by row
+  std::vector<T> shares;   // 1 / pixels of the window that are in the image: [3 kinds of row][row of the output]
+
+  Windows(const Map& x, int64_t stride) : frame(x, stride) {
+    frame.border = 1;
+    for (int64_t t = 0; t < kTaps; ++t) offsets[t] = t / 3 * frame.padded_row() + frame.column(t % 3);
+    const int64_t length = frame.row(frame.out_width);
+    shares.assign(3 * length, T(0));
+    for (int64_t kind = 1; kind <= 3; ++kind)
+      for (int64_t x_out = 0; x_out < frame.out_width; ++x_out)
+        for (int64_t c = 0; c < frame.pitch; ++c)
+          shares[(kind - 1) * length + x_out * frame.pitch + c] =
+              T(1) / static_cast<T>(kind * inside(x_out * stride, frame.width));
+  }
+
+  // How many of the three rows or columns around `centre` exist.
+  static int64_t inside(int64_t centre, int64_t size) {
+    return std::min(size - 1, centre + 1) - std::max<int64_t>(0, centre - 1) + 1;
+  }
+  const T* shares_of_row(int64_t y) const {
+    return shares.data() + (inside(y * frame.stride, frame.height) - 1) * frame.row(frame.out_width);
+  }
+};
+
+// Copies an image inside its border, which keeps what it has.
+template <class T>
+FASTNAS_INLINE inline void load_image(T* padded, const Frame<T>& f, const T* x, int64_t pixel) {
+  for (int64_t y = 0; y < f.height; ++y)
+    for (int64_t first = 0; first < std::min(f.stride, f.width); ++first) {
+      T* out = padded + (y + f.border) * f.padded_row() + f.column(f.border + first);
+      const T* in = x + (y * f.width + first) * pixel;
+      const int64_t step = f.stride * pixel, pixels = ceil_div(f.width - first, f.stride);
+      const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+        read(in + p * step + c, v);
+        write(out + p * f.pitch + c, v);
+      };
+      if (f.flat && step == f.channels)
+        for_each_dense_value<T>(pixels, f.channels, body);
+      else
+        for_each_value<T>(pixels, f.channels, body);
+    }
+}
+
+// A row of both pools. `low` has a border of minus infinity, `zero` one of zeros.
+template <class T>
+FASTNAS_INLINE inline void pool_row(T* highest, T* average, const T* low, const T* zero, const Windows<T>& w,
+                                    int64_t y) {
+  const Frame<T>& f = w.frame;
+  const T* shares = w.shares_of_row(y);
+  const int64_t positions = f.positions(f.out_width), start = y * f.padded_row_step();
+  for (int64_t j = 0; j < positions; ++j)
+    for (int64_t v = 0; v < f.vectors; ++v) {
+      const int64_t at = j * f.step + v * kLanes<T>;
+      Vec<T> top = get(low + start + at + w.offsets[0]), sum = get(zero + start + at + w.offsets[0]);
+#pragma GCC unroll 8
+      for (int t = 1; t < kTaps; ++t) {
+        const Vec<T> value = get(low + start + at + w.offsets[t]);
+        top = value > top ? value : top;
+        sum += get(zero + start + at + w.offsets[t]);
+      }
+      put(highest + at, top);
+      put(average + at, sum * get(shares + at));
+    }
+}
+
+// Scratch memory of a thread: an image with both borders.
+template <class T>
+struct Bordered {
+  Scratch<T> low, zero;
+
+  explicit Bordered(const Frame<T>& f) : low(f.padded_size()), zero(f.padded_size()) {
+    std::fill_n(low.data(), f.padded_size(), -std::numeric_limits<T>::infinity());
+  }
+  FASTNAS_INLINE inline void load(const Frame<T>& f, const T* x, int64_t pixel) {
+    load_image(low.data(), f, x, pixel);
+    load_image(zero.data(), f, x, pixel);
+  }
+};
+
+std::tuple<Tensor, Tensor> pool_stage_fwd(Tensor x, int64_t stride, bool statistics) {
+  constexpr const char* op = "pool_stage_fwd";
+  STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2");
+  const Map map = map_of(op, x);
+  Tensor pooled, stats;
+  dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
+    using T = decltype(tag);
+    const Windows<T> windows(map, stride);
+    const Frame<T>& f = windows.frame;
+    const int64_t pixels = f.out_height * f.out_width, channels = f.channels;
+    pooled = torch::stable::new_empty(x, {2, map.batch, f.out_height, f.out_width, channels});
+    stats = torch::stable::new_empty(x, statistics ? std::vector<int64_t>{2, 2, channels} : std::vector<int64_t>{0});
+    Statistics<T> measured(statistics ? 2 : 0, map.batch, pixels, channels);
+    T* out = data<T>(pooled);
+    for_each_chunk(map.batch, chunk_count(map.batch), [&](int64_t, int64_t begin, int64_t end) {
+      Bordered<T> image(f);
+      Scratch<T> rows[2]{Scratch<T>(f.row(f.out_width)), Scratch<T>(f.row(f.out_width))};
+      ChannelSums<T> sums(pixels, channels);
+      vectorised([&]() FASTNAS_INLINE {
+        for (int64_t b = begin; b < end; ++b) {
+          image.load(f, data<T>(x) + b * map.image(), map.pixel);
+          for (int64_t y = 0; y < f.out_height; ++y) {
+            pool_row(rows[0].data(), rows[1].data(), image.low.data(), image.zero.data(), windows, y);
+            for (int64_t which = 0; which < 2; ++which) {
+              T* target = out + ((which * map.batch + b) * pixels + y * f.out_width) * channels;
+              const T* row = rows[which].data();
+              const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+                read(row + p * f.pitch + c, v);
+                write(target + p * channels + c, v);
+              };
+              if (f.flat)
+                for_each_dense_value<T>(f.out_width, channels, body);
+              else
+                for_each_value<T>(f.out_width, channels, body);
+            }
+          }
+          if (statistics)
+            for (int64_t which = 0; which < 2; ++which)
+              measured.measure(which, b, out + (which * map.batch + b) * pixels * channels, sums);
+        }
+      });
+    });
+    if (statistics) measured.write(data<T>(stats));
+  });
+  return {pooled, stats};
+}
+
+// total[pixel] += scale * g[pixel], in a buffer's layout.
+template <class T>
+FASTNAS_INLINE inline void add_scaled(T* total, const Frame<T>& f, const T* g, int64_t pixel, const T* scale) {
+  const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+    auto s = v, t = v;
+    read(g + p * pixel + c, v);
+    read(scale + c, s);
+    read(total + p * f.pitch + c, t);
+    write(total + p * f.pitch + c, t + s * v);
+  };
+  if (f.flat && pixel == f.channels)
+    for_each_dense_value<T>(f.out_width, f.channels, body);
+  else
+    for_each_value<T>(f.out_width, f.channels, body);
+}
+
+// Sends a row's gradients back to its windows: that of the maximum to the first pixel that has it, that of the average
+// to all in equal shares. dx has the border of the image; what falls there is nobody's.
+template <class T>
+FASTNAS_INLINE inline void scatter_row(T* dx, const T* low, const T* highest, const T* to_highest, const T* to_average,
+                                       const Windows<T>& w, int64_t y) {
+  const Frame<T>& f = w.frame;
+  const T* shares = w.shares_of_row(y);
+  const int64_t positions = f.positions(f.out_width), start = y * f.padded_row_step();
+  for (int64_t j = 0; j < positions; ++j)
+    for (int64_t v = 0; v < f.vectors; ++v) {
+      const int64_t at = j * f.step + v * kLanes<T>;
+      const Vec<T> top = get(highest + at), share = get(to_average + at) * get(shares + at);
+      Vec<T> left = get(to_highest + at);  // becomes zero once it has found its pixel
+#pragma GCC unroll 9
+      for (int t = 0; t < kTaps; ++t) {
+        T* target = dx + start + at + w.offsets[t];
+        const auto found = get(low + start + at + w.offsets[t]) == top;
+        put(target, get(target) + share + (found ? left : Vec<T>{}));
+        left = found ? Vec<T>{} : left;
+      }
+    }
+}
+
+Tensor pool_stage_bwd(Tensor x, std::vector<Tensor> gs, Tensor scales, Tensor coef, int64_t stride,
+                      std::optional<Tensor> base) {
+  constexpr const char* op = "pool_stage_bwd";
+  STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2");
+  const Map map = map_of(op, x);
+  const int64_t count = static_cast<int64_t>(gs.size()), channels = map.channels;
+  STD_TORCH_CHECK(count > 0 && scales.numel() == count * 3 * channels && coef.numel() == 6 * channels, op,
+                  ": every gradient needs its scales");
+  for (const auto& tensors : {gs, {scales, coef}}) check_same_dtype(op, tensors, x.scalar_type());
+  const Map base_map = base ? map_like(op, *base, map) : map;
+  const Tensor out = torch::stable::new_empty(x, {map.batch, map.height, map.width, channels});
+  dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
+    using T = decltype(tag);
+    const Windows<T> windows(map, stride);
+    const Frame<T>& f = windows.frame;
+    const Map out_map{map.batch, f.out_height, f.out_width, channels, channels};
+    std::vector<Map> maps;
+    for (const auto& g : gs) maps.push_back(map_like(op, g, out_map));
+    const int64_t width = repeated_width<T>(channels), length = f.row(f.out_width);
+    const std::vector<T> scale = repeated(data<T>(torch::stable::contiguous(scales)), 3 * count, channels);
+    const std::vector<T> affine = repeated(data<T>(torch::stable::contiguous(coef)), 6, channels);
+    T* dx = static_cast<T*>(out.data_ptr());
+    for_each_chunk(map.batch, chunk_count(map.batch), [&](int64_t, int64_t begin, int64_t end) {
+      Bordered<T> image(f);
+      Scratch<T> gradient(f.padded_size()), pools[2]{Scratch<T>(length), Scratch<T>(length)};
+      Scratch<T> totals[2]{Scratch<T>(length), Scratch<T>(length)}, through(f.out_height * length);
+      vectorised([&]() FASTNAS_INLINE {
+        for (int64_t b = begin; b < end; ++b) {
+          image.load(f, data<T>(x) + b * map.image(), map.pixel);
+          std::fill_n(gradient.data(), f.padded_size(), T(0));
+          std::fill_n(through.data(), f.out_height * length, T(0));
+          for (int64_t y = 0; y < f.out_height; ++y) {
+            pool_row(pools[0].data(), pools[1].data(), image.low.data(), image.zero.data(), windows, y);
+            for (int which = 0; which < 2; ++which) {
+              const T *centre = affine.data() + which * 3 * width, *offset = centre + width, *mean = offset + width;
+              const T* pool = pools[which].data();
+              T* total = totals[which].data();
+              const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+                auto q = v, r = v, m = v;
+                read(pool + p * f.pitch + c, v);
+                read(centre + c, q);
+                read(offset + c, r);
+                read(mean + c, m);
+                write(total + p * f.pitch + c, q * (v - m) + r);
+              };
+              if (f.flat)
+                for_each_dense_value<T>(f.out_width, channels, body);
+              else
+                for_each_value<T>(f.out_width, channels, body);
+            }
+            for (int64_t n = 0; n < count; ++n) {
+              const T* g = data<T>(gs[n]) + b * maps[n].image() + y * f.out_width * maps[n].pixel;
+              const T* s = scale.data() + n * 3 * width;
+              add_scaled(totals[0].data(), f, g, maps[n].pixel, s);
+              add_scaled(totals[1].data(), f, g, maps[n].pixel, s + width);
+              if (stride == 1) add_scaled(through.data() + y * length, f, g, maps[n].pixel, s + 2 * width);
+            }
+            scatter_row(gradient.data(), image.low.data(), pools[0].data(), totals[0].data(), totals[1].data(), windows,
+                        y);
+          }
+          T* target = dx + b * map.pixels() * channels;
+          const T* add = base ? data<T>(*base) + b * base_map.image() : nullptr;
+          for (int64_t y = 0; y < f.height; ++y)
+            for (int64_t first = 0; first < std::min(f.stride, f.width); ++first) {
+              const int64_t from = y * f.width + first, pixels = ceil_div(f.width - first, f.stride);
+              const T* d = gradient.data() + (y + 1) * f.padded_row() + f.column(1 + first);
+              const T* straight = through.data() + y * length;
+              const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+                auto more = v;
+                read(d + p * f.pitch + c, v);
+                if (stride == 1) {
+                  read(straight + p * f.pitch + c, more);
+                  v += more;
+                }
+                if (add) {
+                  read(add + (from + p * f.stride) * base_map.pixel + c, more);
+                  v += more;
+                }
+                write(target + (from + p * f.stride) * channels + c, v);
+              };
+              if (f.flat && stride == 1 && (!add || base_map.pixel == channels))
+                for_each_dense_value<T>(pixels, channels, body);
+              else
+                for_each_value<T>(pixels, channels, body);
+            }
+        }
+      });
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace fastnas
+
+STABLE_TORCH_LIBRARY_IMPL(fastnas, CPU, m) {
+  m.impl("pool_stage_fwd", TORCH_BOX(&fastnas::pool_stage_fwd));
+  m.impl("pool_stage_bwd", TORCH_BOX(&fastnas::pool_stage_bwd));
+}

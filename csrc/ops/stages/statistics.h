@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/stages/columns.h"
+#include "ops/stages/map.h"
+
+namespace fastnas {
+
+// Mean and biased variance over a batch, from those of its images. Each image is measured in two passes while it is
+// still in the cache; the images are put together in their order, whichever thread measured them.
+template <class T>
+class Statistics {
+ public:
+  Statistics(int64_t outputs, int64_t batch, int64_t pixels, int64_t channels)
+      : outputs_(outputs),
+        batch_(batch),
+        pixels_(pixels),
+        channels_(channels),
+        images_(outputs * batch * channels * 2) {}
+
+  // A dense image [pixels, channels]; `sums` is the thread's own.
+  FASTNAS_INLINE inline void measure(int64_t output, int64_t image, const T* z, ChannelSums<T>& sums) {
+    double* mean = images_.data() + (output * batch_ + image) * 2 * channels_;
+    double* squares = mean + channels_;
+    const int64_t step = sums.step(channels_);
+    sums.sum(mean, squares, [&](int64_t row, int64_t column, auto& a, auto&) FASTNAS_INLINE {
+      std::remove_reference_t<decltype(a)> v;
+      read(z + row * step + column, v);
+      a += v;
+    });
+    for (int64_t c = 0; c < channels_; ++c) mean[c] /= pixels_;
+    sums.set_centre(mean);
+    std::vector<double> rounding(channels_);
+    sums.sum(rounding.data(), squares, [&](int64_t row, int64_t column, auto& a, auto& b) FASTNAS_INLINE {
+      std::remove_reference_t<decltype(a)> v, m;
+      read(z + row * step + column, v);
+      read(sums.centre() + column, m);
+      b += (v - m) * (v - m);
+    });
+  }
+
+  // [outputs, 2, channels]
+  void write(T* out) const {
+    for (int64_t o = 0; o < outputs_; ++o)
+      for (int64_t c = 0; c < channels_; ++c) {
+        double mean = 0, squares = 0;
+        for (int64_t b = 0; b < batch_; ++b) {
+          const double* image = images_.data() + (o * batch_ + b) * 2 * channels_;
+          const double step = image[c] - mean;
+          mean += step / (b + 1);
+          squares += image[channels_ + c] + step * step * pixels_ * b / (b + 1);
+        }
+        out[o * 2 * channels_ + c] = static_cast<T>(mean);
+        out[(o * 2 + 1) * channels_ + c] = static_cast<T>(squares / (static_cast<double>(batch_) * pixels_));
+      }
+  }
+
+ private:
+  int64_t outputs_, batch_, pixels_, channels_;
+  std::vector<double> images_;
+};
+
+}  // namespace fastnas

@@ -1,0 +1,98 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "common/simd.h"
+
+// Vectors of 64 bytes: one register of AVX-512, two of AVX2. Everything here is inlined into a copy of the kernel that
+// is compiled for the processor at hand (common/simd.h).
+
+namespace fastnas {
+
+template <class T>
+constexpr int64_t kLanes = 64 / static_cast<int64_t>(sizeof(T));
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(64)));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> index __attribute__((vector_size(64)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+using Index = typename VectorOf<T>::index;
+
+template <class T>
+FASTNAS_INLINE inline Vec<T> get(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+FASTNAS_INLINE inline void put(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// The same for code that serves vectors and single numbers alike.
+template <class T>
+FASTNAS_INLINE inline void read(const T* p, Vec<T>& v) {
+  v = get(p);
+}
+template <class T>
+FASTNAS_INLINE inline void read(const T* p, T& v) {
+  v = *p;
+}
+template <class T>
+FASTNAS_INLINE inline void write(T* p, const Vec<T>& v) {
+  put(p, v);
+}
+template <class T>
+FASTNAS_INLINE inline void write(T* p, const T& v) {
+  *p = v;
+}
+
+// body(pixel, channel, value of the type to read) for every channel of every pixel, as whole vectors while they last.
+template <class T, class Body>
+FASTNAS_INLINE inline void for_each_value(int64_t pixels, int64_t channels, const Body& body) {
+  if (channels == kLanes<T>) {
+    for (int64_t p = 0; p < pixels; ++p) body(p, int64_t{0}, Vec<T>{});
+    return;
+  }
+  for (int64_t p = 0; p < pixels; ++p) {
+    int64_t c = 0;
+    for (; c + kLanes<T> <= channels; c += kLanes<T>) body(p, c, Vec<T>{});
+    for (; c < channels; ++c) body(p, c, T{});
+  }
+}
+
+// The same for pixels without gaps of few channels: several pixels make a vector, then channel counts from the first
+// one, and what is read by channel has to be repeated. body(first pixel, channel, value).
+template <class T, class Body>
+FASTNAS_INLINE inline void for_each_dense_value(int64_t pixels, int64_t channels, const Body& body) {
+  const int64_t together = kLanes<T> / channels, whole = pixels / together;
+  for (int64_t p = 0; p < whole; ++p) body(p * together, int64_t{0}, Vec<T>{});
+  for (int64_t p = whole * together; p < pixels; ++p)
+    for (int64_t c = 0; c < channels; ++c) body(p, c, T{});
+}
+
+// Scratch memory, zeroed, that starts at a cache line and has room behind its end for whole vectors.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(count + (kSlack + 1) * kLanes<T>) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    data_ = memory_.data() + (64 - address % 64) % 64 / sizeof(T);
+  }
+  T* data() const { return data_; }
+
+ private:
+  static constexpr int64_t kSlack = 16;  // vectors
+  std::vector<T> memory_;
+  T* data_;
+};
+
+}  // namespace fastnas
