@@ -29,14 +29,18 @@ inline Tensor on_huge_pages(Tensor t) {
 
 inline Tensor result_like(const Tensor& like) { return on_huge_pages(torch::stable::empty_like(like)); }
 
-// Whether results that follow a [B, C, H, W] tensor are in channels last; fastnas/ops/_library.py has the same rule.
+// Whether results that follow a [B, C, H, W] tensor are in channels last; fastnas/_layout.py has the same rule.
 inline bool is_channels_last(const Tensor& like) { return like.stride(1) == 1 && like.stride(3) > 1; }
 
-inline Tensor result_map(const Tensor& like, int64_t b, int64_t c, int64_t h, int64_t w, bool channels_last) {
+inline torch::headeronly::MemoryFormat map_format(bool channels_last) {
   using torch::headeronly::MemoryFormat;
+  return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+inline Tensor result_map(const Tensor& like, int64_t b, int64_t c, int64_t h, int64_t w, bool channels_last) {
   const int64_t sizes[] = {b, c, h, w};
   return on_huge_pages(torch::stable::empty({sizes, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                                            channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+                                            map_format(channels_last)));
 }
 
 }  // namespace fastnas

@@ -21,8 +21,6 @@
 namespace fastnas {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
 // Where the channels are in the result: mixed channel j at mixed[j], bypassed channel c at bypass[c], or
 // nowhere (-1) when the mixture takes its place.
 struct Places {
@@ -60,13 +58,13 @@ std::vector<Tensor> in_pieces(std::vector<Tensor> tensors, bool last) {
     const int64_t inner = last ? 1 : 3, outer = last ? 3 : 2;
     if ((t.size(inner) == 1 || t.stride(inner) == 1) && (t.size(outer) == 1 || t.stride(outer) == t.size(inner)))
       continue;
-    t = torch::stable::contiguous(t, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    t = torch::stable::contiguous(t, map_format(last));
   }
   return tensors;
 }
 
 Tensor in_pixels(const Tensor& t, bool last) {
-  return !last || t.stride(1) == 1 ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+  return !last || t.stride(1) == 1 ? t : torch::stable::contiguous(t, map_format(true));
 }
 
 // A [B, C, H, W] tensor as a pointer and strides in elements.

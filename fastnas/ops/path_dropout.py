@@ -75,7 +75,7 @@ def path_dropout(xs: Sequence[Tensor], mask: Tensor) -> Tensor:
 
     Maths and limits: ``docs/ops/path_dropout.md``.
     """
-    check_paths("path_dropout", xs)
+    check_paths("path_dropout", "xs", xs)
     if xs[0].dim() == 0:
         raise ValueError("path_dropout: xs must have a batch dimension, got 0-dimensional tensors")
     if not isinstance(mask, Tensor):
