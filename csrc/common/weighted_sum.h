@@ -92,24 +92,24 @@ FASTNAS_INLINE inline void scale(T* dx, const G* g, acc_t<T> w, int64_t n) {
 
 // dx[i] = w * g[i] for N rows of kDotLanes elements; sum[lane] += sum over rows of g * x.
 constexpr int64_t kDotLanes = 16;
-template <int N, class T, class G>
-FASTNAS_INLINE inline void scale_and_add_dots(double* sum, T* dx, const G* g, const T* x, acc_t<T> w) {
+template <int N, class A>
+FASTNAS_INLINE inline void scale_and_add_dots(double* sum, A* dx, const A* g, const A* x, A w) {
 #pragma omp simd
   for (int64_t i = 0; i < kDotLanes; ++i) {
-    acc_t<T> s = 0;
+    A s = 0;
     for (int r = 0; r < N; ++r) {
-      const acc_t<T> gr = load(g[r * kDotLanes + i]);
-      store(dx + r * kDotLanes + i, w * gr);
-      s += gr * load(x[r * kDotLanes + i]);
+      const A gr = g[r * kDotLanes + i];
+      dx[r * kDotLanes + i] = w * gr;
+      s += gr * x[r * kDotLanes + i];
     }
     sum[i] += static_cast<double>(s);
   }
 }
 
-// dx[i] = w * g[i]; returns sum_i g[i] * x[i]. Sums of eight products run in acc_t<T>, what they add up to in double:
-// nearly as exact as double, while converting each product would take longer than the memory does.
-template <class T, class G>
-FASTNAS_INLINE inline double scale_and_dot(T* dx, const G* g, const T* x, acc_t<T> w, int64_t n) {
+// dx[i] = w * g[i]; returns sum_i g[i] * x[i]. Sums of eight products run in A, what they add up to in double: nearly
+// as exact as double, while converting each product would take longer than the memory does.
+template <class A>
+FASTNAS_INLINE inline double scale_and_dot(A* dx, const A* g, const A* x, A w, int64_t n) {
   constexpr int kRows = 8;
   double sum[kDotLanes] = {};
   int64_t i = 0;
@@ -117,11 +117,28 @@ FASTNAS_INLINE inline double scale_and_dot(T* dx, const G* g, const T* x, acc_t<
   for (; i + kDotLanes <= n; i += kDotLanes) scale_and_add_dots<1>(sum, dx + i, g + i, x + i, w);
   double dot = 0;
   for (; i < n; ++i) {
-    const acc_t<T> gi = load(g[i]);
-    store(dx + i, w * gi);
-    dot += static_cast<double>(gi) * static_cast<double>(load(x[i]));
+    dx[i] = w * g[i];
+    dot += static_cast<double>(g[i]) * static_cast<double>(x[i]);
   }
   for (double s : sum) dot += s;
+  return dot;
+}
+
+// The same for half-width maps and a gradient that has been widened: conversions are vectorised in loops of their own.
+template <class T>
+  requires(!std::is_same_v<T, acc_t<T>>)
+FASTNAS_INLINE inline double scale_and_dot(T* dx, const float* g, const T* x, float w, int64_t n) {
+  constexpr int64_t kPiece = 1024;
+  float wide[kPiece], scaled[kPiece];
+  double dot = 0;
+  for (int64_t start = 0; start < n; start += kPiece) {
+    const int64_t m = start + kPiece < n ? kPiece : n - start;
+#pragma omp simd
+    for (int64_t i = 0; i < m; ++i) wide[i] = load(x[start + i]);
+    dot += scale_and_dot<float>(scaled, g + start, wide, w, m);
+#pragma omp simd
+    for (int64_t i = 0; i < m; ++i) store(dx + start + i, scaled[i]);
+  }
   return dot;
 }
 
