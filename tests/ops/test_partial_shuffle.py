@@ -419,6 +419,16 @@ def test_wrong_arguments_are_named(arguments: dict, error: type[Exception], mess
         fastnas.partial_shuffle(**arguments)
 
 
+def test_gradients_have_the_layout_of_the_result_whatever_that_of_its_gradient() -> None:
+    mixed = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    bypass = torch.randn(2, 16, 6, 6).to(memory_format=torch.channels_last)[:, 4:].requires_grad_()
+    y = fastnas.partial_shuffle([mixed], None, bypass)
+    g = torch.randn(y.shape)
+    grads = torch.autograd.grad(y, [mixed, bypass], g)
+    assert all(grad.is_contiguous(memory_format=torch.channels_last) for grad in grads)
+    assert torch.equal(torch.cat(grads, 1), torch.cat([g[:, k::4] for k in range(4)], 1))
+
+
 @pytest.mark.parametrize("at", [[1, 0], [2, 2], [-1, 0], [4, 6]], ids=str)
 def test_wrong_channels_are_named(at: list[int]) -> None:
     with pytest.raises(ValueError, match=r"channels must be sorted, distinct and inside \[0, 6\)"):
