@@ -31,11 +31,16 @@ class Passes:
 
     def of(self, function: Function) -> Pass:
         """The pass of ``function``: its results, then the gradients of the inputs that want one."""
-        inputs, wanted, cotangents = self.inputs, self.wanted, self.cotangents
+        inputs, wanted = self.inputs, self.wanted
 
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():
                 return _tuple(function(*inputs))
+
+        # Gradients come in the layout of the result, as from a next layer that keeps it.
+        with torch.no_grad():
+            ys = _tuple(function(*inputs))
+            cotangents = [torch.empty_like(y).copy_(c) for y, c in zip(ys, self.cotangents, strict=True)]
 
         def forward_and_backward() -> tuple[Tensor, ...]:
             ys = _tuple(function(*inputs))

@@ -115,7 +115,7 @@ def call_gumbel_softmax(dtype: torch.dtype, quick: bool) -> None:
         for where in ((None, None),) if quick else ((None, None), (seed, torch.empty((), device="meta"))):
             op.gumbel_softmax_fwd(x, 1 << 40, 1.0, *where, False)
             op.gumbel_softmax_fwd(x, 1 << 40, 1.0, *where, True)
-            op.gumbel_softmax_bwd(x, x, 7, 0.5, *where)
+            op.gumbel_softmax_bwd(x, x, 7, 0.5, *where, None)
 
 
 def call_norm_mixed_sum(dtype: torch.dtype, quick: bool) -> None:

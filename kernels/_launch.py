@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastnas._layout import is_channels_last, memory_format
+
 _CONFIGS = Path(__file__).with_name("configs")
 
 
@@ -112,20 +114,6 @@ def planes(t: Tensor) -> tuple[int, int, int] | None:
             return None
         span *= size
     return t.stride(0), t.stride(1), 1 if step is None else step
-
-
-def is_channels_last(like: Tensor) -> bool:
-    """The layout of what the shuffle and the depthwise bank write; their files in fastnas/ops have the same rule."""
-    return like.stride(1) == 1 and like.stride(3) > 1
-
-
-def memory_format(like: Tensor) -> torch.memory_format:
-    return torch.channels_last if is_channels_last(like) else torch.contiguous_format
-
-
-def empty_map(like: Tensor, *shape: int) -> Tensor:
-    """A fresh map of that shape in the layout of ``like``."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 
 def walkable(tensors: Sequence[Tensor], like: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:

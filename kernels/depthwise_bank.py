@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnas.kernels._launch import accumulate_in, config, empty_map, laid_out_as, launch, ordered_sum, planes, tile
+from fastnas._layout import empty_map
+from fastnas.kernels._launch import accumulate_in, config, laid_out_as, launch, ordered_sum, planes, tile
 
 
 @triton.jit

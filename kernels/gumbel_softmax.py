@@ -137,9 +137,15 @@ def gumbel_softmax_fwd(
 
 
 def gumbel_softmax_bwd(
-    g: Tensor, logits: Tensor, seed: int, tau: float, seed_tensor: Tensor | None, tau_tensor: Tensor | None
+    g: Tensor,
+    logits: Tensor,
+    seed: int,
+    tau: float,
+    seed_tensor: Tensor | None,
+    tau_tensor: Tensor | None,
+    y: Tensor | None,
 ) -> Tensor:
-    """Gradient of the logits; contiguous."""
+    """Gradient of the logits; contiguous. A sample ``y`` that was kept is not read: drawing it again costs nothing."""
     x = logits.contiguous()
     dx = torch.empty_like(x)
     if x.numel() == 0:

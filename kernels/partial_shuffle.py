@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnas.kernels._launch import accumulate_in, config, empty_map, launch, ordered_sum, planes, tile, walkable
+from fastnas._layout import empty_map
+from fastnas.kernels._launch import accumulate_in, config, launch, ordered_sum, planes, tile, walkable
 
 
 @triton.jit

@@ -14,29 +14,21 @@
 #include <tuple>
 #include <vector>
 
+#include "common/results.h"
 #include "ops/depthwise_bank_backward.h"
 #include "ops/depthwise_bank_forward.h"
 
 namespace fastnas {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
-// The layout of what is written: _is_channels_last in fastnas/ops/depthwise_bank.py is the same rule.
-MemoryFormat layout_of(const Tensor& like) {
-  return like.stride(1) == 1 && like.stride(3) > 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-}
-
 Tensor fresh(const Tensor& like, int64_t height, int64_t width) {
-  const int64_t sizes[] = {like.size(0), like.size(1), height, width};
-  return torch::stable::empty({sizes, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              layout_of(like));
+  return result_map(like, like.size(0), like.size(1), height, width, is_channels_last(like));
 }
 
 // t, or a copy in the layout of `like` when neither the channels nor the pixels of t are adjacent.
 Tensor readable(const Tensor& t, const Tensor& like) {
   if ((t.size(1) > 1 && t.stride(1) == 1) || t.stride(3) == 1 || t.size(3) == 1) return t;
-  return torch::stable::contiguous(t, layout_of(like));
+  return torch::stable::contiguous(t, map_format(is_channels_last(like)));
 }
 
 std::vector<Tensor> depthwise_bank_fwd(Tensor x, std::vector<Tensor> weights, std::vector<int64_t> dilations,

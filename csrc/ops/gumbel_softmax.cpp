@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "common/check.h"
@@ -35,6 +36,19 @@ struct Rows {
   // Rows worked on at a time; their noise stays in the level 1 cache.
   int64_t rows_a_block() const { return std::max<int64_t>(1, 1024 / choices); }
 
+  // body(choices), the usual numbers of candidates as constants: short loops of unknown length are not vectorised well.
+  template <class Body>
+  FASTNAS_INLINE void with_choices(const Body& body) const {
+    switch (choices) {
+      case 4:
+        return body(std::integral_constant<int64_t, 4>{});
+      case 8:
+        return body(std::integral_constant<int64_t, 8>{});
+      default:
+        return body(choices);
+    }
+  }
+
   // a[i] = (logit + noise - largest of the row) / tau for rows [row, row + n); `words` is scratch memory.
   FASTNAS_INLINE void scores(A* a, uint32_t* words, int64_t row, int64_t n) const {
     const int64_t begin = row * choices, count = n * choices, skip = begin % 4;
@@ -42,25 +56,29 @@ struct Rows {
     const T* x = logits + begin;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) a[i] = load(x[i]) + gumbel<A>(words[skip + i]);
-    for (int64_t r = 0; r < n; ++r) {
-      A* ar = a + r * choices;
-      A largest = ar[0];
-      for (int64_t i = 1; i < choices; ++i) largest = ar[i] > largest ? ar[i] : largest;
-      for (int64_t i = 0; i < choices; ++i) ar[i] = (ar[i] - largest) / tau;
-    }
+    with_choices([&](auto count) FASTNAS_INLINE {
+      for (int64_t r = 0; r < n; ++r) {
+        A* ar = a + r * count;
+        A largest = ar[0];
+        for (int64_t i = 1; i < count; ++i) largest = ar[i] > largest ? ar[i] : largest;
+        for (int64_t i = 0; i < count; ++i) ar[i] = (ar[i] - largest) / tau;
+      }
+    });
   }
 
   // Softmax of n rows of scores in place.
   FASTNAS_INLINE void softmax(A* a, int64_t n) const {
 #pragma omp simd
     for (int64_t i = 0; i < n * choices; ++i) a[i] = exp_nonpositive(a[i]);
-    for (int64_t r = 0; r < n; ++r) {
-      A* ar = a + r * choices;
-      A sum = 0;
+    with_choices([&](auto count) FASTNAS_INLINE {
+      for (int64_t r = 0; r < n; ++r) {
+        A* ar = a + r * count;
+        A sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < choices; ++i) sum += ar[i];
-      for (int64_t i = 0; i < choices; ++i) ar[i] /= sum;
-    }
+        for (int64_t i = 0; i < count; ++i) sum += ar[i];
+        for (int64_t i = 0; i < count; ++i) ar[i] /= sum;
+      }
+    });
   }
 
   // One-hot of the first largest score, which is 0; all NaN when a score is NaN.
@@ -75,6 +93,30 @@ struct Rows {
       }
       for (int64_t i = 0; i < choices; ++i) ar[i] = sum + (i == place ? A(1) : A(0));
     }
+  }
+
+  // dx = y (g - sum y g) / tau for n rows.
+  template <class Y>
+  FASTNAS_INLINE void gradient(T* dx, const Y* y, const T* g, int64_t n) const {
+    with_choices([&](auto count) FASTNAS_INLINE {
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t at = r * count;
+        A dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < count; ++i) dot += load(y[at + i]) * load(g[at + i]);
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) store(dx + at + i, load(y[at + i]) * (load(g[at + i]) - dot) / tau);
+      }
+    });
+  }
+
+  // Calls body(first row, rows) for parts of the rows, without scores.
+  template <class Body>
+  void for_rows(int64_t rows, const Body& body) const {
+    constexpr int64_t kElementsAThread = 1 << 15;
+    torch::stable::parallel_for(
+        0, rows, std::max<int64_t>(1, kElementsAThread / choices),
+        [&](int64_t begin, int64_t end) { vectorised([&]() FASTNAS_INLINE { body(begin, end - begin); }); });
   }
 
   // Calls body(a, first row, rows) block by block, `a` holding the scores.
@@ -133,6 +175,7 @@ Tensor gumbel_softmax_fwd(Tensor logits, int64_t seed, double tau, std::optional
       } else {
         rows.softmax(a, n);
       }
+#pragma omp simd
       for (int64_t i = 0; i < n * choices; ++i) store(out + row * choices + i, a[i]);
     });
   });
@@ -140,12 +183,15 @@ Tensor gumbel_softmax_fwd(Tensor logits, int64_t seed, double tau, std::optional
 }
 
 Tensor gumbel_softmax_bwd(Tensor g, Tensor logits, int64_t seed, double tau, std::optional<Tensor> seed_tensor,
-                          std::optional<Tensor> tau_tensor) {
+                          std::optional<Tensor> tau_tensor, std::optional<Tensor> kept) {
   STD_TORCH_CHECK(g.scalar_type() == logits.scalar_type() && same_sizes(g, logits),
                   "gumbel_softmax: the gradient must have the shape and dtype of logits");
+  STD_TORCH_CHECK(!kept || (kept->scalar_type() == logits.scalar_type() && same_sizes(*kept, logits)),
+                  "gumbel_softmax: the sample must have the shape and dtype of logits");
   const Tensor x = logits.is_contiguous() ? logits : torch::stable::contiguous(logits);
   const Tensor gy = g.is_contiguous() ? g : torch::stable::contiguous(g);
   Tensor dx = torch::stable::empty_like(x);
+  if (kept && !kept->is_contiguous()) kept = torch::stable::contiguous(*kept);
   const int64_t count = x.numel(), choices = choices_of(x);
   if (count == 0) return dx;
   dispatch_floating(x.scalar_type(), "gumbel_softmax", [&](auto tag) {
@@ -155,17 +201,16 @@ Tensor gumbel_softmax_bwd(Tensor g, Tensor logits, int64_t seed, double tau, std
                        static_cast<A>(tau_of(tau, tau_tensor))};
     const T* in = static_cast<const T*>(gy.data_ptr());
     T* out = static_cast<T*>(dx.data_ptr());
+    if (kept) {
+      const T* y = static_cast<const T*>(kept->data_ptr());
+      return rows.for_rows(count / choices, [&](int64_t row, int64_t n) FASTNAS_INLINE {
+        const int64_t at = row * choices;
+        rows.gradient(out + at, y + at, in + at, n);
+      });
+    }
     rows.for_blocks(count / choices, [&](A* a, int64_t row, int64_t n) FASTNAS_INLINE {
       rows.softmax(a, n);
-      for (int64_t r = 0; r < n; ++r) {
-        const A* y = a + r * choices;
-        const T* gr = in + (row + r) * choices;
-        T* o = out + (row + r) * choices;
-        A dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t i = 0; i < choices; ++i) dot += y[i] * load(gr[i]);
-        for (int64_t i = 0; i < choices; ++i) store(o + i, y[i] * (load(gr[i]) - dot) / rows.tau);
-      }
+      rows.gradient(out + row * choices, a, in + row * choices, n);
     });
   });
   return dx;

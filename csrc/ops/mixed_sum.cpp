@@ -10,6 +10,7 @@
 
 #include "common/blocks.h"
 #include "common/check.h"
+#include "common/results.h"
 
 namespace fastnas {
 namespace {
@@ -18,7 +19,7 @@ Tensor mixed_sum_fwd(std::vector<Tensor> xs, Tensor w) {
   STD_TORCH_CHECK(!xs.empty() && w.numel() == static_cast<int64_t>(xs.size()),
                   "mixed_sum_fwd: one weight a tensor is needed");
   check_alike("mixed_sum_fwd", xs, xs[0]);
-  Tensor y = torch::stable::empty_like(xs[0]);
+  Tensor y = result_like(xs[0]);
   const int64_t paths = static_cast<int64_t>(xs.size());
   xs.push_back(y);
   const Rows rows = common_rows(xs, y);
@@ -43,7 +44,7 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_sum_bwd(Tensor g, std::vector<Tens
   check_alike("mixed_sum_bwd", xs, g);
   const int64_t paths = static_cast<int64_t>(xs.size());
   std::vector<Tensor> dxs;
-  for (int64_t k = 0; k < paths; ++k) dxs.push_back(torch::stable::empty_like(xs[0]));
+  for (int64_t k = 0; k < paths; ++k) dxs.push_back(result_like(xs[0]));
   std::vector<Tensor> all{g};  // g, xs, dxs
   all.insert(all.end(), xs.begin(), xs.end());
   all.insert(all.end(), dxs.begin(), dxs.end());
@@ -80,7 +81,7 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_sum_bwd(Tensor g, std::vector<Tens
 std::vector<Tensor> mixed_sum_bwd_xs(Tensor g, Tensor w) {
   const int64_t paths = w.numel();
   std::vector<Tensor> dxs;
-  for (int64_t k = 0; k < paths; ++k) dxs.push_back(torch::stable::empty_like(g));
+  for (int64_t k = 0; k < paths; ++k) dxs.push_back(result_like(g));
   std::vector<Tensor> all{g};  // g, dxs
   all.insert(all.end(), dxs.begin(), dxs.end());
   const Rows rows = common_rows(all, paths ? dxs[0] : g);

@@ -13,6 +13,7 @@
 
 #include "common/blocks.h"
 #include "common/check.h"
+#include "common/results.h"
 #include "ops/norm_mixed_sum_loops.h"
 #include "ops/norm_mixed_sum_plan.h"
 #include "ops/norm_mixed_sum_walk.h"
@@ -126,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_mixed_sum_fwd(std::vector<Tensor> ys, st
   STD_TORCH_CHECK(!ys.empty() && ys[0].dim() >= 2 && w.numel() == static_cast<int64_t>(xs.size()),
                   "norm_mixed_sum_fwd: one weight a tensor is needed");
   check_alike("norm_mixed_sum_fwd", xs, ys[0]);
-  const Tensor y = torch::stable::empty_like(ys[0]);
+  const Tensor y = result_like(ys[0]);
   const Plan plan(joined(xs, {y}), y);
   const int64_t norms = ys.size(), paths = xs.size(), channels = plan.channels, count = plan.values_a_channel();
   const bool wide = y.scalar_type() == ScalarType::Double;
@@ -194,7 +195,7 @@ Tensor norm_mixed_sum_eval(std::vector<Tensor> ys, std::vector<Tensor> plain, Te
   STD_TORCH_CHECK(!ys.empty() && ys[0].dim() >= 2 && w.numel() == static_cast<int64_t>(xs.size()),
                   "norm_mixed_sum_eval: one weight a tensor is needed");
   check_alike("norm_mixed_sum_eval", xs, ys[0]);
-  const Tensor y = torch::stable::empty_like(ys[0]);
+  const Tensor y = result_like(ys[0]);
   const Plan plan(joined(xs, {y}), y);
   const auto means = host_values<double>(mean), inverses = inverse_deviations(host_values<double>(var), eps);
   STD_TORCH_CHECK(static_cast<int64_t>(means.size()) == plan.channels * static_cast<int64_t>(ys.size()) &&
@@ -243,7 +244,7 @@ Gradients backward(const Backward& ask, const Tensor& g, const std::vector<Tenso
   check_alike(ask.op, read, g);
 
   std::vector<Tensor> tensors = joined({g}, read), outputs;  // g, what is read, what is written
-  for (int64_t k = 0; ask.maps && k < paths; ++k) outputs.push_back(torch::stable::empty_like(like));
+  for (int64_t k = 0; ask.maps && k < paths; ++k) outputs.push_back(result_like(like));
   const int64_t dots = read.size(), written = tensors.size();
   const Plan plan(joined(tensors, outputs), like);
   const Tensor dw = torch::stable::new_empty(

@@ -16,16 +16,16 @@
 #include "common/blocks.h"
 #include "common/check.h"
 #include "common/max_pool.h"
+#include "common/results.h"
 
 namespace fastnas {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-
 // Where the channels are in the result: mixed channel j at mixed[j], bypassed channel c at bypass[c], or
-// nowhere (-1) when the mixture takes its place.
+// nowhere (-1) when the mixture takes its place. Shuffled with `groups` groups, or 0 for the second.
 struct Places {
   std::vector<int64_t> mixed, bypass;
+  int64_t groups = 0;
 };
 
 Places find_places(const std::optional<Tensor>& channels, int64_t mixed, int64_t total) {
@@ -33,7 +33,7 @@ Places find_places(const std::optional<Tensor>& channels, int64_t mixed, int64_t
   if (!channels) {
     STD_TORCH_CHECK(mixed > 0 && total >= mixed && total % mixed == 0, "partial_shuffle: ", total,
                     " channels in groups of ", mixed);
-    const int64_t groups = total / mixed;
+    const int64_t groups = out.groups = total / mixed;
     for (int64_t j = 0; j < mixed; ++j) out.mixed.push_back(j * groups);
     for (int64_t c = mixed; c < total; ++c) out.bypass.push_back(c % mixed * groups + c / mixed);
     return out;
@@ -53,28 +53,19 @@ Places find_places(const std::optional<Tensor>& channels, int64_t mixed, int64_t
   return out;
 }
 
-// The layout of what is written: _is_channels_last in fastnas/ops/partial_shuffle.py is the same rule.
-bool is_channels_last(const Tensor& like) { return like.stride(1) == 1 && like.stride(3) > 1; }
-
-Tensor fresh(const Tensor& like, int64_t b, int64_t c, int64_t h, int64_t w, bool last) {
-  const int64_t sizes[] = {b, c, h, w};
-  return torch::stable::empty({sizes, 4}, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
 // Tensors whose planes (or in channels last, rows of pixels) lie in one piece, copied where that is not so.
 std::vector<Tensor> in_pieces(std::vector<Tensor> tensors, bool last) {
   for (auto& t : tensors) {
     const int64_t inner = last ? 1 : 3, outer = last ? 3 : 2;
     if ((t.size(inner) == 1 || t.stride(inner) == 1) && (t.size(outer) == 1 || t.stride(outer) == t.size(inner)))
       continue;
-    t = torch::stable::contiguous(t, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    t = torch::stable::contiguous(t, map_format(last));
   }
   return tensors;
 }
 
 Tensor in_pixels(const Tensor& t, bool last) {
-  return !last || t.stride(1) == 1 ? t : torch::stable::contiguous(t, MemoryFormat::ChannelsLast);
+  return !last || t.stride(1) == 1 ? t : torch::stable::contiguous(t, map_format(true));
 }
 
 // A [B, C, H, W] tensor as a pointer and strides in elements.
@@ -97,18 +88,66 @@ std::vector<Map<T>> maps(const std::vector<Tensor>& tensors) {
   return out;
 }
 
+// How many pieces, adjacent in dimension `dim` of all tensors, are worked on together: kBlock elements or one piece.
+int64_t pieces_a_run(const std::vector<Tensor>& mixed, int64_t dim, int64_t piece) {
+  for (const auto& t : mixed)
+    if (t.size(dim) > 1 && t.stride(dim) != piece) return 1;
+  return std::max<int64_t>(1, kBlock / std::max<int64_t>(1, piece));
+}
+
 struct Sizes {
   int64_t batch, mixed, bypass;         // images, mixed channels, bypassed channels
   int64_t height, width;                // of the result
   int64_t bypass_height, bypass_width;  // larger than the result's when the bypass is pooled
   bool pool, channels_last;
+  int64_t run = 1;  // pieces
 
-  // Work is dealt out in planes, or in rows of pixels in channels last; each with the mixed channels of it is
-  // a piece.
-  int64_t planes() const { return mixed + bypass; }
+  // A piece is a plane, or in channels last the mixed channels of a row of pixels. Work is dealt out in runs of pieces;
+  // planes are those of mixed channels, then those of the bypass.
+  int64_t plane() const { return height * width; }
   int64_t piece() const { return width * (channels_last ? mixed : height); }
-  int64_t mixed_pieces() const { return batch * (channels_last ? height : mixed); }
+  int64_t mixed_runs() const { return ((channels_last ? height : mixed) + run - 1) / run; }
+  int64_t runs() const { return mixed_runs() + (channels_last ? 0 : (bypass + run - 1) / run); }
+
+  void set_runs(const std::vector<Tensor>& maps) { run = pieces_a_run(maps, channels_last ? 2 : 1, piece()); }
 };
+
+// Calls body(groups), usual numbers as constants, for which its loops are vectorised.
+template <class Body>
+FASTNAS_INLINE inline void with_groups(int64_t groups, const Body& body) {
+  switch (groups) {
+    case 2:
+      return body(std::integral_constant<int64_t, 2>{});
+    case 4:
+      return body(std::integral_constant<int64_t, 4>{});
+    case 8:
+      return body(std::integral_constant<int64_t, 8>{});
+    default:
+      return body(groups);
+  }
+}
+
+// The channels of a shuffled pixel: `first` holds those of group 0, `rest` those of the other groups.
+template <class T, class Groups>
+FASTNAS_INLINE inline void shuffle_pixel(T* out, const T* first, const T* rest, int64_t channels, Groups groups) {
+  in_lanes(channels, [&](int64_t c) FASTNAS_INLINE {
+    out[c * groups] = first[c];
+    for (int64_t k = 1; k < groups; ++k) out[c * groups + k] = rest[(k - 1) * channels + c];
+  });
+}
+
+template <class T, class Groups>
+FASTNAS_INLINE inline void unshuffle_pixel(T* first, T* rest, const T* in, int64_t channels, Groups groups) {
+  in_lanes(channels, [&](int64_t c) FASTNAS_INLINE {
+    first[c] = in[c * groups];
+    for (int64_t k = 1; k < groups; ++k) rest[(k - 1) * channels + c] = in[c * groups + k];
+  });
+}
+
+template <class T>
+FASTNAS_INLINE inline void copy_pixel(T* out, const T* in, int64_t channels) {
+  in_lanes(channels, [&](int64_t c) FASTNAS_INLINE { out[c] = in[c]; });
+}
 
 // The four pixels that pixel (h, i) of the result pools; `outside` for those beyond the edge.
 template <class T>
@@ -133,23 +172,41 @@ struct Forward {
   std::vector<Map<T>> mixed;
   Map<T> bypass, y;
 
-  FASTNAS_INLINE void mix(T* out, const T** x, int64_t b, int64_t c, int64_t h) const {
+  FASTNAS_INLINE void mix(T* out, const T** x, int64_t b, int64_t c, int64_t h, int64_t n) const {
     const int64_t paths = static_cast<int64_t>(mixed.size());
-    for (int64_t start = 0; start < s.piece(); start += kBlock) {
+    for (int64_t start = 0; start < n; start += kBlock) {
       for (int64_t k = 0; k < paths; ++k) x[k] = mixed[k].at(b, c, h) + start;
-      weighted_sum(out + start, x, w.data(), paths, std::min(kBlock, s.piece() - start));
+      weighted_sum(out + start, x, w.data(), paths, std::min(kBlock, n - start));
     }
   }
 
   FASTNAS_INLINE void planes(int64_t begin, int64_t end) const {
     std::vector<const T*> x(mixed.size());
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / s.planes(), c = unit % s.planes() - s.mixed;
-      if (c < 0) {
-        mix(y.at(b, to.mixed[c + s.mixed]), x.data(), b, c + s.mixed, 0);
-      } else if (to.bypass[c] >= 0) {
-        for (int64_t h = 0; h < s.height; ++h) bypass_row(y.at(b, to.bypass[c], h), b, c, h);
+      const int64_t b = unit / s.runs(), run = unit % s.runs() - s.mixed_runs();
+      if (run < 0) {
+        mixed_run(x.data(), b, (run + s.mixed_runs()) * s.run);
+      } else {
+        for (int64_t c = run * s.run; c < std::min((run + 1) * s.run, s.bypass); ++c)
+          if (to.bypass[c] >= 0) bypass_plane(b, c);
       }
+    }
+  }
+
+  FASTNAS_INLINE void mixed_run(const T** x, int64_t b, int64_t c) const {
+    const int64_t count = std::min(s.run, s.mixed - c), plane = s.plane();
+    if (count == 1) return mix(y.at(b, to.mixed[c]), x, b, c, 0, plane);
+    T mixture[kBlock];
+    mix(mixture, x, b, c, 0, count * plane);
+    for (int64_t j = 0; j < count; ++j) std::memcpy(y.at(b, to.mixed[c + j]), mixture + j * plane, plane * sizeof(T));
+  }
+
+  FASTNAS_INLINE void bypass_plane(int64_t b, int64_t c) const {
+    T* out = y.at(b, to.bypass[c]);
+    if (!s.pool && bypass.w == 1 && bypass.h == s.width) {
+      std::memcpy(out, bypass.at(b, c), s.plane() * sizeof(T));
+    } else {
+      for (int64_t h = 0; h < s.height; ++h) bypass_row(out + h * s.width, b, c, h);
     }
   }
 
@@ -171,22 +228,30 @@ struct Forward {
 
   FASTNAS_INLINE void pixels(int64_t begin, int64_t end) const {
     std::vector<const T*> x(mixed.size());
-    std::vector<T> mixture(s.piece()), pooled(s.bypass), outside(s.bypass);
+    std::vector<T> mixture(s.run * s.piece()), pooled(s.bypass), outside(s.bypass);
     for (T& v : outside) store(&v, kOutside<acc_t<T>>);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / s.height, h = unit % s.height;
-      mix(mixture.data(), x.data(), b, 0, h);
-      for (int64_t i = 0; i < s.width; ++i) {
-        T* out = y.at(b, 0, h, i);
-        const T* in = bypass.at(b, 0, h, i);
-        if (s.pool) {
-          pool_pixel(pooled.data(), Window<T>(bypass, s, b, h, i, outside.data()).pixel, s.bypass);
-          in = pooled.data();
+      const int64_t b = unit / s.runs(), top = unit % s.runs() * s.run, bottom = std::min(top + s.run, s.height);
+      mix(mixture.data(), x.data(), b, 0, top, (bottom - top) * s.piece());
+      const T* m = mixture.data();
+      for (int64_t h = top; h < bottom; ++h)
+        for (int64_t i = 0; i < s.width; ++i, m += s.mixed) {
+          const T* in = bypass.at(b, 0, h, i);
+          if (s.pool) {
+            pool_pixel(pooled.data(), Window<T>(bypass, s, b, h, i, outside.data()).pixel, s.bypass);
+            in = pooled.data();
+          }
+          spread_pixel(y.at(b, 0, h, i), m, in);
         }
-        for (int64_t j = 0; j < s.mixed; ++j) out[to.mixed[j]] = mixture[i * s.mixed + j];
-        for (int64_t c = 0; c < s.bypass; ++c)
-          if (to.bypass[c] >= 0) out[to.bypass[c]] = in[c];
-      }
+    }
+  }
+
+  FASTNAS_INLINE void spread_pixel(T* out, const T* mixture, const T* in) const {
+    if (to.groups) {
+      with_groups(to.groups, [&](auto groups) FASTNAS_INLINE { shuffle_pixel(out, mixture, in, s.mixed, groups); });
+    } else {
+      copy_pixel(out, in, s.bypass);
+      for (int64_t j = 0; j < s.mixed; ++j) out[to.mixed[j]] = mixture[j];
     }
   }
 };
@@ -201,12 +266,12 @@ struct Backward {
   std::vector<Map<T>> dmixed;
   Map<T> bypass, dbypass;
   bool bypass_grad;
-  double* dots;  // [mixed_pieces, paths]
+  double* dots;  // [batch, mixed runs, paths]
 
-  FASTNAS_INLINE void unmix(double* dot, const T* gp, int64_t b, int64_t c, int64_t h) const {
+  FASTNAS_INLINE void unmix(double* dot, const T* gp, int64_t b, int64_t c, int64_t h, int64_t total) const {
     acc_t<T> scratch[kBlock];
-    for (int64_t start = 0; start < s.piece(); start += kBlock) {
-      const int64_t n = std::min(kBlock, s.piece() - start);
+    for (int64_t start = 0; start < total; start += kBlock) {
+      const int64_t n = std::min(kBlock, total - start);
       const acc_t<T>* wide = widened(gp + start, n, scratch);
       for (size_t k = 0; k < dmixed.size(); ++k) {
         T* dx = dmixed[k].at(b, c, h) + start;
@@ -221,14 +286,23 @@ struct Backward {
 
   FASTNAS_INLINE void planes(int64_t begin, int64_t end) const {
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / s.planes(), c = unit % s.planes() - s.mixed;
-      if (c < 0) {
-        const int64_t j = c + s.mixed;
-        unmix(dots + (b * s.mixed + j) * dmixed.size(), g.at(b, from.mixed[j]), b, j, 0);
+      const int64_t b = unit / s.runs(), run = unit % s.runs() - s.mixed_runs();
+      if (run < 0) {
+        const int64_t j = run + s.mixed_runs();
+        mixed_run(dots + (b * s.mixed_runs() + j) * dmixed.size(), b, j * s.run);
       } else if (bypass_grad) {
-        bypass_plane(b, c);
+        for (int64_t c = run * s.run; c < std::min((run + 1) * s.run, s.bypass); ++c) bypass_plane(b, c);
       }
     }
+  }
+
+  FASTNAS_INLINE void mixed_run(double* dot, int64_t b, int64_t c) const {
+    const int64_t count = std::min(s.run, s.mixed - c), plane = s.plane();
+    if (count == 1) return unmix(dot, g.at(b, from.mixed[c]), b, c, 0, plane);
+    T gathered[kBlock];
+    for (int64_t j = 0; j < count; ++j)
+      std::memcpy(gathered + j * plane, g.at(b, from.mixed[c + j]), plane * sizeof(T));
+    unmix(dot, gathered, b, c, 0, count * plane);
   }
 
   FASTNAS_INLINE void bypass_plane(int64_t b, int64_t c) const {
@@ -257,21 +331,34 @@ struct Backward {
   }
 
   FASTNAS_INLINE void pixels(int64_t begin, int64_t end) const {
-    std::vector<T> g_mixed(s.piece()), g_pooled(s.bypass), outside(s.bypass), ignored(s.bypass);
+    std::vector<T> g_mixed(s.run * s.piece()), g_pooled(s.bypass), outside(s.bypass), ignored(s.bypass);
     for (T& v : outside) store(&v, kOutside<acc_t<T>>);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t b = unit / s.height, h = unit % s.height;
-      for (int64_t i = 0; i < s.width; ++i) {
-        const T* gp = g.at(b, 0, h, i);
-        for (int64_t j = 0; j < s.mixed; ++j) g_mixed[i * s.mixed + j] = gp[from.mixed[j]];
-        if (!bypass_grad) continue;
-        T* straight = s.pool ? g_pooled.data() : dbypass.at(b, 0, h, i);
-        for (int64_t c = 0; c < s.bypass; ++c) straight[c] = from.bypass[c] < 0 ? T{} : gp[from.bypass[c]];
-        if (s.pool)
-          unpool_pixel(Window<T>(dbypass, s, b, h, i, ignored.data()).pixel,
-                       Window<T>(bypass, s, b, h, i, outside.data()).pixel, straight, s.bypass);
+      const int64_t b = unit / s.runs(), top = unit % s.runs() * s.run, bottom = std::min(top + s.run, s.height);
+      T* m = g_mixed.data();
+      for (int64_t h = top; h < bottom; ++h)
+        for (int64_t i = 0; i < s.width; ++i, m += s.mixed) {
+          const T* gp = g.at(b, 0, h, i);
+          T* straight = s.pool || !bypass_grad ? g_pooled.data() : dbypass.at(b, 0, h, i);
+          gather_pixel(m, straight, gp);
+          if (s.pool && bypass_grad)
+            unpool_pixel(Window<T>(dbypass, s, b, h, i, ignored.data()).pixel,
+                         Window<T>(bypass, s, b, h, i, outside.data()).pixel, straight, s.bypass);
+        }
+      unmix(dots + unit * dmixed.size(), g_mixed.data(), b, 0, top, (bottom - top) * s.piece());
+    }
+  }
+
+  FASTNAS_INLINE void gather_pixel(T* mixture, T* straight, const T* gp) const {
+    if (from.groups) {
+      with_groups(from.groups,
+                  [&](auto groups) FASTNAS_INLINE { unshuffle_pixel(mixture, straight, gp, s.mixed, groups); });
+    } else {
+      copy_pixel(straight, gp, s.bypass);
+      for (int64_t j = 0; j < s.mixed; ++j) {
+        mixture[j] = gp[from.mixed[j]];
+        straight[from.mixed[j]] = T{};
       }
-      unmix(dots + unit * dmixed.size(), g_mixed.data(), b, 0, h);
     }
   }
 };
@@ -281,9 +368,8 @@ template <class Job>
 void run(const Job& job, int64_t streams) {
   constexpr int64_t kElementsAThread = 1 << 16;  // less is not worth waking a thread for
   const Sizes& s = job.s;
-  const int64_t grain = std::max<int64_t>(1, kElementsAThread / std::max<int64_t>(1, s.piece() * streams));
-  const int64_t units = s.batch * (s.channels_last ? s.height : s.planes());
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kElementsAThread / std::max<int64_t>(1, s.run * s.piece() * streams));
+  torch::stable::parallel_for(0, s.batch * s.runs(), grain, [&](int64_t begin, int64_t end) {
     vectorised([&]() FASTNAS_INLINE { s.channels_last ? job.pixels(begin, end) : job.planes(begin, end); });
   });
 }
@@ -307,18 +393,19 @@ Tensor partial_shuffle_fwd(std::vector<Tensor> mixed, std::optional<Tensor> weig
   check_alike("partial_shuffle", mixed, mixed[0]);
   const bool last = is_channels_last(bypass);
   const int64_t m = mixed[0].size(1), total = bypass.size(1) + (channels ? 0 : m);
-  const Sizes s{.batch = bypass.size(0),
-                .mixed = m,
-                .bypass = bypass.size(1),
-                .height = mixed[0].size(2),
-                .width = mixed[0].size(3),
-                .bypass_height = bypass.size(2),
-                .bypass_width = bypass.size(3),
-                .pool = stride == 2,
-                .channels_last = last};
-  const Places to = find_places(channels, m, total);
-  Tensor y = fresh(bypass, s.batch, total, s.height, s.width, last);
   mixed = in_pieces(mixed, last);
+  Sizes s{.batch = bypass.size(0),
+          .mixed = m,
+          .bypass = bypass.size(1),
+          .height = mixed[0].size(2),
+          .width = mixed[0].size(3),
+          .bypass_height = bypass.size(2),
+          .bypass_width = bypass.size(3),
+          .pool = stride == 2,
+          .channels_last = last};
+  s.set_runs(mixed);
+  const Places to = find_places(channels, m, total);
+  Tensor y = result_map(bypass, s.batch, total, s.height, s.width, last);
   dispatch_floating(y.scalar_type(), "partial_shuffle_fwd", [&](auto tag) {
     using T = decltype(tag);
     const Forward<T> job{s,        to, weights_or_one<acc_t<T>>(weights, mixed.size()), maps<T>(mixed), Map<T>(bypass),
@@ -337,15 +424,17 @@ std::tuple<std::vector<Tensor>, std::vector<double>, Tensor> gradients(const Ten
   STD_TORCH_CHECK(grad.dim() == 4, "partial_shuffle: the gradient must have 4 dimensions");
   const bool last = is_channels_last(grad), pool = bypass.has_value();
   const int64_t total = grad.size(1), rest = channels ? total : total - m;
-  const Sizes s{.batch = grad.size(0),
-                .mixed = m,
-                .bypass = rest,
-                .height = grad.size(2),
-                .width = grad.size(3),
-                .bypass_height = pool ? bypass->size(2) : grad.size(2),
-                .bypass_width = pool ? bypass->size(3) : grad.size(3),
-                .pool = pool,
-                .channels_last = last};
+  mixed = in_pieces(mixed, last);
+  Sizes s{.batch = grad.size(0),
+          .mixed = m,
+          .bypass = rest,
+          .height = grad.size(2),
+          .width = grad.size(3),
+          .bypass_height = pool ? bypass->size(2) : grad.size(2),
+          .bypass_width = pool ? bypass->size(3) : grad.size(3),
+          .pool = pool,
+          .channels_last = last};
+  s.set_runs(mixed);
   STD_TORCH_CHECK(!pool || (bypass->dim() == 4 && bypass->size(0) == s.batch && bypass->size(1) == rest &&
                             halved(s.bypass_height, 2) == s.height && halved(s.bypass_width, 2) == s.width &&
                             bypass->scalar_type() == grad.scalar_type()),
@@ -353,24 +442,23 @@ std::tuple<std::vector<Tensor>, std::vector<double>, Tensor> gradients(const Ten
   const Places from = find_places(channels, m, total);
   const size_t paths = weights ? weights->numel() : 1;
   std::vector<Tensor> dmixed;
-  for (size_t k = 0; k < paths; ++k) dmixed.push_back(fresh(grad, s.batch, m, s.height, s.width, last));
+  for (size_t k = 0; k < paths; ++k) dmixed.push_back(result_map(grad, s.batch, m, s.height, s.width, last));
   if (!mixed.empty()) {
     STD_TORCH_CHECK(mixed.size() == paths, "partial_shuffle: one weight a tensor is needed");
     check_alike("partial_shuffle", mixed, dmixed[0]);
   }
   const int64_t none[] = {0};
-  const Tensor dbypass = bypass_grad ? fresh(grad, s.batch, rest, s.bypass_height, s.bypass_width, last)
+  const Tensor dbypass = bypass_grad ? result_map(grad, s.batch, rest, s.bypass_height, s.bypass_width, last)
                                      : torch::stable::new_empty(grad, {none, 1});
   // Channels last gathers g pixel by pixel; planes of g are read as they are.
   const Tensor g = last ? grad : in_pieces({grad}, false)[0];
   const Tensor x = in_pixels(pool ? *bypass : g, last);
-  mixed = in_pieces(mixed, last);
   std::vector<double> total_dots(paths, 0.0);
   dispatch_floating(g.scalar_type(), "partial_shuffle_bwd", [&](auto tag) {
     using T = decltype(tag);
     const auto w = weights_or_one<acc_t<T>>(weights, paths);
     const Map<T> dx(bypass_grad ? dbypass : g);
-    std::vector<double> dots(mixed.empty() ? 0 : s.mixed_pieces() * paths);
+    std::vector<double> dots(mixed.empty() ? 0 : s.batch * s.mixed_runs() * paths);
     const Backward<T> job{s,         from, w,           Map<T>(g),  maps<T>(mixed), maps<T>(dmixed),
                           Map<T>(x), dx,   bypass_grad, dots.data()};
     run(job, 2 * paths + 1);

@@ -11,6 +11,7 @@
 
 #include "common/blocks.h"
 #include "common/check.h"
+#include "common/results.h"
 
 namespace fastnas {
 namespace {
@@ -47,25 +48,24 @@ Rows sample_rows(const std::vector<Tensor>& tensors, const Tensor& dense) {
   return common_rows(tensors, dense, dense.size(0) > 1 ? 1 : 0);
 }
 
-// A fresh tensor to write sample by sample: in the layout of empty_like(t), or contiguous where that layout
-// has another dimension outside the batch. finish() brings it into the layout that the schema's fake kernel
-// promises.
-Tensor start(const Tensor& t) {
-  Tensor out = torch::stable::empty_like(t);
-  return batch_outermost(out) ? out : torch::stable::new_empty(t, t.sizes());
-}
+// A result in the layout of empty_like(like), which the schema's fake kernel promises, and what is written sample by
+// sample: the result itself, or a contiguous tensor where its layout has another dimension outside the batch.
+struct Output {
+  Tensor result, written;
 
-Tensor finish(const Tensor& out, const Tensor& like) {
-  Tensor result = torch::stable::empty_like(like);
-  return batch_outermost(result) ? out : torch::stable::copy_(result, out);
-}
+  explicit Output(const Tensor& like)
+      : result(result_like(like)),
+        written(batch_outermost(result) ? result : torch::stable::new_empty(like, like.sizes())) {}
+  Tensor finish() { return batch_outermost(result) ? result : torch::stable::copy_(result, written); }
+};
 
 Tensor path_dropout_fwd(std::vector<Tensor> xs, Tensor mask) {
   STD_TORCH_CHECK(!xs.empty() && xs[0].dim() > 0 && mask.dim() == 2 && mask.size(0) > 0 &&
                       mask.size(1) == static_cast<int64_t>(xs.size()),
                   "path_dropout_fwd: mask must be [groups, paths]");
   check_alike("path_dropout_fwd", xs, xs[0]);
-  const Tensor like = xs[0], y = start(like);
+  Output out(xs[0]);
+  const Tensor y = out.written;
   const int64_t paths = static_cast<int64_t>(xs.size());
   xs.push_back(y);
   const Rows rows = sample_rows(xs, y);
@@ -87,17 +87,16 @@ Tensor path_dropout_fwd(std::vector<Tensor> xs, Tensor mask) {
       };
     });
   });
-  return finish(y, like);
+  return out.finish();
 }
 
 std::vector<Tensor> path_dropout_bwd(Tensor g, Tensor mask) {
   STD_TORCH_CHECK(g.dim() > 0 && mask.dim() == 2 && mask.size(0) > 0, "path_dropout_bwd: mask must be [groups, paths]");
   const int64_t paths = mask.size(1);
-  std::vector<Tensor> dxs;
-  for (int64_t k = 0; k < paths; ++k) dxs.push_back(start(g));
-  std::vector<Tensor> all{g};  // g, dxs
-  all.insert(all.end(), dxs.begin(), dxs.end());
-  const Rows rows = sample_rows(all, paths ? dxs[0] : start(g));
+  std::vector<Output> outs;
+  std::vector<Tensor> all{g};  // g, then what is written
+  for (int64_t k = 0; k < paths; ++k) all.push_back(outs.emplace_back(g).written);
+  const Rows rows = sample_rows(all, paths ? all[1] : Output(g).written);
   dispatch_floating(g.scalar_type(), "path_dropout_bwd", [&](auto tag) {
     using T = decltype(tag);
     const Mask<acc_t<T>> keep(mask, g.size(0));
@@ -119,7 +118,8 @@ std::vector<Tensor> path_dropout_bwd(Tensor g, Tensor mask) {
       };
     });
   });
-  for (auto& dx : dxs) dx = finish(dx, g);
+  std::vector<Tensor> dxs;
+  for (auto& out : outs) dxs.push_back(out.finish());
   return dxs;
 }
 

@@ -18,21 +18,21 @@ def check_floating(op: str, name: str, x: object) -> None:
         raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
 
 
-def check_paths(op: str, xs: Sequence[Tensor]) -> None:
-    """Raise unless ``xs`` is a non-empty sequence of tensors that agree in shape, dtype and device."""
+def check_paths(op: str, name: str, xs: Sequence[Tensor]) -> None:
+    """Raise unless the argument ``name`` is a non-empty sequence of tensors that agree in shape, dtype and device."""
     if isinstance(xs, Tensor):
-        raise TypeError(f"{op}: xs must be a list of tensors, got one tensor")
+        raise TypeError(f"{op}: {name} must be a list of tensors, got one tensor")
     if len(xs) == 0:
-        raise ValueError(f"{op}: xs is empty, at least one tensor is needed")
-    check_floating(op, "xs[0]", xs[0])
+        raise ValueError(f"{op}: {name} is empty, at least one tensor is needed")
+    check_floating(op, f"{name}[0]", xs[0])
     shape, dtype, device = xs[0].shape, xs[0].dtype, xs[0].device
     for k in range(1, len(xs)):
         x = xs[k]
         if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: xs[{k}] must be a tensor, got {type(x).__name__}")
+            raise TypeError(f"{op}: {name}[{k}] must be a tensor, got {type(x).__name__}")
         if x.shape != shape:
-            raise ValueError(f"{op}: xs[{k}] has shape {tuple(x.shape)}, xs[0] has {tuple(shape)}")
+            raise ValueError(f"{op}: {name}[{k}] has shape {tuple(x.shape)}, {name}[0] has {tuple(shape)}")
         if x.dtype != dtype:
-            raise TypeError(f"{op}: xs[{k}] is {x.dtype}, xs[0] is {dtype}")
+            raise TypeError(f"{op}: {name}[{k}] is {x.dtype}, {name}[0] is {dtype}")
         if x.device != device:
-            raise ValueError(f"{op}: xs[{k}] is on {x.device}, xs[0] on {device}")
+            raise ValueError(f"{op}: {name}[{k}] is on {x.device}, {name}[0] on {device}")

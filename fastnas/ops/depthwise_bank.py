@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnas import _backends
+from fastnas._layout import empty_map, map_in_layout_of
 from fastnas.ops._checks import check_floating
 from fastnas.ops._library import define
 from fastnas.reference.depthwise_bank import depthwise_bank as _reference
@@ -16,29 +17,18 @@ from fastnas.reference.depthwise_bank import depthwise_bank as _reference
 _OP = "depthwise_bank"
 
 
-def _empty(like: Tensor, height: int, width: int) -> Tensor:
-    """The layout of what is written; csrc/ops/depthwise_bank.cpp has the same rule."""
-    last = like.stride(1) == 1 and like.stride(3) > 1
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(*like.shape[:2], height, width, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _fresh(value: Tensor, like: Tensor) -> Tensor:
-    return _empty(like, *value.shape[2:]).copy_(value)
-
-
 def _fwd_reference(
     x: Tensor, weights: list[Tensor], dilations: list[int], stride: int, relu: bool, max_pool: bool, avg_pool: bool
 ) -> list[Tensor]:
     ys = _reference(x, weights, dilations, stride=stride, relu=relu, max_pool=max_pool, avg_pool=avg_pool)
-    return [_fresh(y, x) for y in ys]
+    return [map_in_layout_of(y, x) for y in ys]
 
 
 def _fwd_fake(
     x: Tensor, weights: list[Tensor], dilations: list[int], stride: int, relu: bool, max_pool: bool, avg_pool: bool
 ) -> list[Tensor]:
     height, width = ((size + stride - 1) // stride for size in x.shape[2:])
-    return [_empty(x, height, width) for _ in range(len(weights) + max_pool + avg_pool)]
+    return [empty_map(x, *x.shape[:2], height, width) for _ in range(len(weights) + max_pool + avg_pool)]
 
 
 def _gradients(
@@ -78,7 +68,7 @@ def _bwd_reference(
 ) -> tuple[Tensor, list[Tensor]]:
     branches = _Branches(tuple(dilations), stride, relu, max_pool, avg_pool)
     dx, *dws = _gradients(gs, x, weights, branches, x_grad, [weight_grad] * len(weights))
-    dx = x.new_empty(0) if dx is None else _fresh(dx, x)
+    dx = x.new_empty(0) if dx is None else map_in_layout_of(dx, x)
     # copy_ and not contiguous(), which keeps the strides of dimensions of one element
     empties = [w.new_empty(0 if dw is None else w.shape) for w, dw in zip(weights, dws, strict=True)]
     return dx, [e if dw is None else e.copy_(dw) for e, dw in zip(empties, dws, strict=True)]
@@ -96,7 +86,7 @@ def _bwd_fake(
     x_grad: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    dx = _empty(x, *x.shape[2:]) if x_grad else x.new_empty(0)
+    dx = empty_map(x, *x.shape) if x_grad else x.new_empty(0)
     return dx, [w.new_empty(w.shape if weight_grad else 0) for w in weights]
 
 

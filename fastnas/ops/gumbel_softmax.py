@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastnas import _backends
 from fastnas.ops._checks import FLOATING, check_floating
-from fastnas.ops._library import define
+from fastnas.ops._library import accumulate_dtype, define
 from fastnas.reference.gumbel_softmax import gumbel_softmax as _reference
 
 _OP = "gumbel_softmax"
@@ -26,20 +26,32 @@ def _fwd_reference(
 
 
 def _bwd_reference(
-    g: Tensor, logits: Tensor, seed: int, tau: float, seed_tensor: Tensor | None, tau_tensor: Tensor | None
+    g: Tensor,
+    logits: Tensor,
+    seed: int,
+    tau: float,
+    seed_tensor: Tensor | None,
+    tau_tensor: Tensor | None,
+    y: Tensor | None,
 ) -> Tensor:
-    return _fresh(_logits_grad(g, logits, seed, tau, seed_tensor, tau_tensor), logits)
+    if y is None:
+        return _fresh(_logits_grad(g, logits, seed, tau, seed_tensor, tau_tensor), logits)
+    dtype = accumulate_dtype(logits.dtype)
+    return _fresh(_softmax_grad(g.to(dtype), y.to(dtype), tau if tau_tensor is None else tau_tensor), logits)
 
 
 def _logits_grad(
     g: Tensor, logits: Tensor, seed: int, tau: float, seed_tensor: Tensor | None, tau_tensor: Tensor | None
 ) -> Tensor:
     """``y (g - sum y g) / tau``, differentiable in ``g`` and ``logits``."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(logits.dtype)
     temperature = tau if tau_tensor is None else tau_tensor
     y = _reference(logits.to(dtype), temperature, seed=seed if seed_tensor is None else seed_tensor)
-    g = g.to(dtype)
-    return (y * (g - (y * g).sum(-1, keepdim=True)) / temperature).to(logits.dtype)
+    return _softmax_grad(g.to(dtype), y, temperature).to(logits.dtype)
+
+
+def _softmax_grad(g: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor:
+    return y * (g - (y * g).sum(-1, keepdim=True)) / temperature
 
 
 def _fresh(value: Tensor, like: Tensor) -> Tensor:
@@ -58,11 +70,12 @@ _fwd = define(
     reference=_fwd_reference,
     fake=lambda logits, seed, tau, seed_tensor, tau_tensor, hard: _empty(logits),
 )
+# `y` is the soft sample where it was kept; without it the noise is drawn again.
 _bwd = define(
     "gumbel_softmax_bwd(Tensor g, Tensor logits, SymInt seed, float tau, Tensor? seed_tensor,"
-    " Tensor? tau_tensor) -> Tensor",
+    " Tensor? tau_tensor, Tensor? y) -> Tensor",
     reference=_bwd_reference,
-    fake=lambda g, logits, seed, tau, seed_tensor, tau_tensor: _empty(logits),
+    fake=lambda g, logits, seed, tau, seed_tensor, tau_tensor, y: _empty(logits),
 )
 _backends.register(_OP, "gumbel_softmax_fwd", "gumbel_softmax_bwd")
 
@@ -70,16 +83,23 @@ _backends.register(_OP, "gumbel_softmax_fwd", "gumbel_softmax_bwd")
 class _GumbelSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, seed, tau, seed_tensor, tau_tensor, hard):
-        ctx.save_for_backward(logits, seed_tensor, tau_tensor)
         ctx.seed = seed
         ctx.tau = tau
-        return _fwd(logits, seed, tau, seed_tensor, tau_tensor, hard)
+        y = _fwd(logits, seed, tau, seed_tensor, tau_tensor, hard)
+        # The noise costs arithmetic, which a GPU has to spare; a rounded sample would cost the gradient digits.
+        exact = logits.dtype in (torch.float32, torch.float64)
+        kept = y if exact and not hard and logits.device.type == "cpu" else None
+        ctx.save_for_backward(logits, seed_tensor, tau_tensor, kept)
+        return y
 
     @staticmethod
     def backward(ctx, g):
-        logits, seed_tensor, tau_tensor = ctx.saved_tensors
-        grad = _logits_grad if torch.is_grad_enabled() else _bwd  # create_graph: stay differentiable
-        return grad(g, logits, ctx.seed, ctx.tau, seed_tensor, tau_tensor), None, None, None, None, None
+        logits, seed_tensor, tau_tensor, y = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: stay differentiable
+            grad = _logits_grad(g, logits, ctx.seed, ctx.tau, seed_tensor, tau_tensor)
+        else:
+            grad = _bwd(g, logits, ctx.seed, ctx.tau, seed_tensor, tau_tensor, y)
+        return grad, None, None, None, None, None
 
 
 def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, *, seed: int | Tensor, hard: bool = False) -> Tensor:
@@ -88,8 +108,7 @@ def gumbel_softmax(logits: Tensor, tau: float | Tensor = 1.0, *, seed: int | Ten
     ``G = -log(-log u)`` is standard Gumbel noise (SNAS, equation 5; Jang et al. 2017, equation 2). It is a pure
     function of ``seed`` and of the element's position: element ``i`` in row-major order takes word ``i % 4`` of the
     Philox4x32-10 block with counter ``i // 4`` and key ``seed``, on every device and with any number of threads.
-    Every ``u`` gives finite noise. The backward pass draws the same noise again: only ``logits`` are saved.
-    Differentiable twice.
+    Every ``u`` gives finite noise, which is never saved. Differentiable twice.
 
     Args:
         logits: ``[..., choices]``, float32, float64, bfloat16 or float16; one row is one categorical choice,

@@ -94,7 +94,7 @@ def mixed_sum(xs: Sequence[Tensor], weights: Tensor) -> Tensor:
 
     Gradients do not depend on the number of threads. Maths and limits: ``docs/ops/mixed_sum.md``.
     """
-    check_paths("mixed_sum", xs)
+    check_paths("mixed_sum", "xs", xs)
     if not isinstance(weights, Tensor):
         raise TypeError(f"mixed_sum: weights must be a tensor, got {type(weights).__name__}")
     if not weights.is_floating_point():

@@ -9,25 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnas import _backends
-from fastnas.ops._checks import check_floating
+from fastnas._layout import empty_map, map_in_layout_of, memory_format
+from fastnas.ops._checks import check_floating, check_paths
 from fastnas.ops._library import define
 from fastnas.reference.partial_shuffle import partial_shuffle as _reference
 
 _OP = "partial_shuffle"
-
-
-def _is_channels_last(like: Tensor) -> bool:
-    """The layout of what is written; csrc/ops/partial_shuffle.cpp has the same rule."""
-    return like.stride(1) == 1 and like.stride(3) > 1
-
-
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    layout = torch.channels_last if _is_channels_last(like) else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _fresh(value: Tensor, like: Tensor) -> Tensor:
-    return _empty(like, *value.shape).copy_(value)
 
 
 def _fwd_fake(
@@ -35,13 +22,13 @@ def _fwd_fake(
 ) -> Tensor:
     batch, count, height, width = mixed[0].shape
     total = bypass.shape[1] + (count if channels is None else 0)
-    return _empty(bypass, batch, total, height, width)
+    return empty_map(bypass, batch, total, height, width)
 
 
 def _fwd_reference(
     mixed: list[Tensor], weights: Tensor | None, bypass: Tensor, channels: Tensor | None, stride: int
 ) -> Tensor:
-    return _fresh(_reference(mixed, weights, bypass, stride=stride, channels=channels), bypass)
+    return map_in_layout_of(_reference(mixed, weights, bypass, stride=stride, channels=channels), bypass)
 
 
 def _split_grad(g: Tensor, channels: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
@@ -92,8 +79,8 @@ def _bwd_frozen_reference(
     bypass_grad: bool,
 ) -> tuple[list[Tensor], Tensor]:
     gm, gb = _split_grad(g, channels, count)
-    dbypass = _fresh(_unpool(gb, bypass), g) if bypass_grad else g.new_empty(0)
-    return [_fresh(dx, g) for dx in _scaled(gm, weights)], dbypass
+    dbypass = map_in_layout_of(_unpool(gb, bypass), g) if bypass_grad else g.new_empty(0)
+    return [map_in_layout_of(dx, g) for dx in _scaled(gm, weights)], dbypass
 
 
 def _bwd_fake(
@@ -122,8 +109,8 @@ def _bwd_frozen_fake(
         height, width = bypass.shape[2:]
     rest = total if channels is not None else total - count
     paths = 1 if weights is None else weights.shape[0]
-    dmixed = [_empty(g, batch, count, *g.shape[2:]) for _ in range(paths)]
-    return dmixed, _empty(g, batch, rest, height, width) if bypass_grad else g.new_empty(0)
+    dmixed = [empty_map(g, batch, count, *g.shape[2:]) for _ in range(paths)]
+    return dmixed, empty_map(g, batch, rest, height, width) if bypass_grad else g.new_empty(0)
 
 
 _fwd = define(
@@ -152,6 +139,7 @@ class _PartialShuffle(torch.autograd.Function):
     def forward(ctx, weights, bypass, channels, stride, *mixed):
         weights_grad, bypass_grad = ctx.needs_input_grad[:2]
         ctx.bypass_grad = bypass_grad
+        ctx.layout = memory_format(bypass)
         ctx.count = mixed[0].shape[1]
         # Only dweights needs the mixed tensors, and only the max-pool's gradient needs the bypass.
         pooled = bypass if stride == 2 and bypass_grad else None
@@ -162,6 +150,7 @@ class _PartialShuffle(torch.autograd.Function):
     def backward(ctx, g):
         weights, bypass, channels, *mixed = ctx.saved_tensors
         dweights = dbypass = None
+        g = g.contiguous(memory_format=ctx.layout)  # else every mixed tensor would be copied into its layout
         if torch.is_grad_enabled():  # create_graph: stay differentiable
             gm, gb = _split_grad(g, channels, ctx.count)
             dmixed = _scaled(gm, weights)
@@ -208,8 +197,9 @@ def partial_shuffle(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: no mixed tensors, or shapes, devices or ``stride`` do not fit together.
-        RuntimeError: ``channels`` holds values that are not sorted, distinct and inside ``[0, C)``.
+        ValueError: no mixed tensors, or shapes, devices or ``stride`` do not fit together, or ``channels`` on the CPU
+            holds values that are not sorted, distinct and inside ``[0, C)``. A GPU's are not looked at, which would
+            wait for it; there, values out of range select nothing.
 
     Gradients do not depend on the number of threads. Maths and limits: ``docs/ops/partial_shuffle.md``.
     """
@@ -284,14 +274,14 @@ def _check(
         )
     if channels.device != first.device:
         raise ValueError(f"{_OP}: channels are on {channels.device}, mixed[0] on {first.device}")
+    if channels.device.type == "cpu" and not torch.compiler.is_compiling():
+        values, total = channels.tolist(), bypass.shape[1]
+        if values != sorted(set(values)) or values[0] < 0 or values[-1] >= total:
+            raise ValueError(f"{_OP}: channels must be sorted, distinct and inside [0, {total}), got {values}")
 
 
 def _check_mixed(mixed: Sequence[Tensor], bypass: Tensor) -> None:
-    if isinstance(mixed, Tensor):
-        raise TypeError(f"{_OP}: mixed must be a list of tensors, got one tensor")
-    if len(mixed) == 0:
-        raise ValueError(f"{_OP}: mixed is empty, at least one tensor is needed")
-    check_floating(_OP, "mixed[0]", mixed[0])
+    check_paths(_OP, "mixed", mixed)
     check_floating(_OP, "bypass", bypass)
     first = mixed[0]
     shape, dtype, device = first.shape, first.dtype, first.device
@@ -300,14 +290,6 @@ def _check_mixed(mixed: Sequence[Tensor], bypass: Tensor) -> None:
             raise ValueError(f"{_OP}: {name} must have 4 dimensions [B, C, H, W], got shape {tuple(x.shape)}")
     if shape[1] == 0:
         raise ValueError(f"{_OP}: mixed[0] has no channels, its shape is {tuple(shape)}")
-    for k in range(1, len(mixed)):
-        if not isinstance(mixed[k], Tensor) or mixed[k].dtype != dtype:
-            found = mixed[k].dtype if isinstance(mixed[k], Tensor) else type(mixed[k]).__name__
-            raise TypeError(f"{_OP}: mixed[{k}] must be a {dtype} tensor like mixed[0], got {found}")
-        if mixed[k].shape != shape:
-            raise ValueError(f"{_OP}: mixed[{k}] has shape {tuple(mixed[k].shape)}, mixed[0] has {tuple(shape)}")
-        if mixed[k].device != device:
-            raise ValueError(f"{_OP}: mixed[{k}] is on {mixed[k].device}, mixed[0] on {device}")
     if bypass.dtype != dtype:
         raise TypeError(f"{_OP}: bypass is {bypass.dtype}, mixed[0] is {dtype}")
     if bypass.device != device:

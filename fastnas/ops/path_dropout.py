@@ -38,6 +38,16 @@ _bwd = define(
 _backends.register("path_dropout", "path_dropout_fwd", "path_dropout_bwd")
 
 
+def _undropped(mask: Tensor) -> list[bool]:
+    """Which paths every sample keeps at weight 1: they get ``g`` itself, as from an addition.
+
+    A residual's identity is such a path. On a GPU nothing is looked at, which would wait for it.
+    """
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return [False] * mask.shape[1]
+    return (mask == 1).all(0).tolist()
+
+
 class _PathDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mask: Tensor, *xs: Tensor) -> Tensor:
@@ -49,7 +59,12 @@ class _PathDropout(torch.autograd.Function):
         (mask,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: stay differentiable
             return None, *_path_grads(g, mask)
-        return None, *_bwd(g, mask)
+        whole = _undropped(mask)
+        if not any(whole):
+            return None, *_bwd(g, mask)
+        rest = [k for k, passes in enumerate(whole) if not passes]
+        grads = iter(_bwd(g, mask[:, rest]) if rest else ())
+        return None, *(g if passes else next(grads) for passes in whole)
 
 
 def path_dropout(xs: Sequence[Tensor], mask: Tensor) -> Tensor:
@@ -75,7 +90,7 @@ def path_dropout(xs: Sequence[Tensor], mask: Tensor) -> Tensor:
 
     Maths and limits: ``docs/ops/path_dropout.md``.
     """
-    check_paths("path_dropout", xs)
+    check_paths("path_dropout", "xs", xs)
     if xs[0].dim() == 0:
         raise ValueError("path_dropout: xs must have a batch dimension, got 0-dimensional tensors")
     if not isinstance(mask, Tensor):

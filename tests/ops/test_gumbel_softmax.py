@@ -240,9 +240,10 @@ def test_first_and_second_derivatives(backend: str) -> None:
         assert torch.autograd.gradgradcheck(lambda x: fastnas.gumbel_softmax(x, 0.7, seed=2), [logits])
 
 
-def test_only_logits_are_saved() -> None:
+def test_noise_is_not_saved() -> None:
     logits = draw((28, 8)).requires_grad_()
-    assert saved_bytes(lambda: fastnas.gumbel_softmax(logits, seed=1)) == logits.nbytes
+    assert saved_bytes(lambda: fastnas.gumbel_softmax(logits, seed=1, hard=True)) == logits.nbytes
+    assert saved_bytes(lambda: fastnas.gumbel_softmax(logits, seed=1)) == 2 * logits.nbytes  # and the sample itself
 
 
 @pytest.mark.parametrize("shape", [(1,), (28, 8), (0, 8), (2, 3, 5)], ids=str)
@@ -252,7 +253,8 @@ def test_flat_ops_pass_opcheck(shape: tuple[int, ...], as_tensors: bool) -> None
     tensors = (torch.tensor(5), torch.tensor(0.7)) if as_tensors else (None, None)
     for hard in (False, True):
         torch.library.opcheck(flat._fwd, (logits, 5, 0.7, *tensors, hard))
-    torch.library.opcheck(flat._bwd, (g, logits, 5, 0.7, *tensors))
+    torch.library.opcheck(flat._bwd, (g, logits, 5, 0.7, *tensors, None))
+    torch.library.opcheck(flat._bwd, (g, logits, 5, 0.7, *tensors, logits.softmax(-1)))
     torch.library.opcheck(flat._fwd, (logits.movedim(0, -1), 5, 0.7, *tensors, False))
 
 
@@ -263,7 +265,8 @@ def test_flat_references_agree_with_the_kernels(dtype: torch.dtype, tensors: tup
     for kernel, plain, args in (
         (flat._fwd, flat._fwd_reference, (logits, 5, 0.7, *tensors, False)),
         (flat._fwd, flat._fwd_reference, (logits, 5, 0.7, *tensors, True)),
-        (flat._bwd, flat._bwd_reference, (g, logits, 5, 0.7, *tensors)),
+        (flat._bwd, flat._bwd_reference, (g, logits, 5, 0.7, *tensors, None)),
+        (flat._bwd, flat._bwd_reference, (g, logits, 5, 0.7, *tensors, logits.softmax(-1))),
     ):
         torch.testing.assert_close(kernel(*args), plain(*args), check_stride=True)
 
@@ -348,4 +351,4 @@ def test_wrong_arguments_are_named(logits, tau, seed, error: type[Exception], me
 
 def test_flat_op_protects_memory() -> None:
     with pytest.raises(RuntimeError, match="shape and dtype of logits"):
-        flat._bwd(torch.zeros(2, 2), X, 0, 1.0, None, None)
+        flat._bwd(torch.zeros(2, 2), X, 0, 1.0, None, None, None)

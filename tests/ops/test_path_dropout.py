@@ -80,6 +80,16 @@ def test_all_paths_dropped_gives_zero(poisoned: None) -> None:
     assert not fastnas.path_dropout(xs, torch.zeros(2, 2, dtype=torch.bool)).any()
 
 
+@pytest.mark.parametrize("kept", [[0], [1, 4], list(range(K))], ids=str)
+def test_paths_that_nothing_drops_get_the_gradient_itself(kept: list[int]) -> None:
+    mask = torch.rand(2, K) / 2
+    mask[:, kept] = 1
+    xs, g = [torch.randn(4, 3) for _ in range(K)], torch.randn(4, 3)
+    compare(xs, mask, g)
+    _, *grads = run(fastnas.path_dropout, xs, mask, g)
+    assert [k for k, grad in enumerate(grads) if grad.data_ptr() == g.data_ptr()] == kept
+
+
 def test_only_the_mask_is_kept_for_backward() -> None:
     xs, mask = [x.requires_grad_() for x in Case("map", (4, 3, 8, 8)).tensors(K)], bool_mask(2)
     assert saved_bytes(lambda: fastnas.path_dropout(xs, mask)) <= mask.nbytes
