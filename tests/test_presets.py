@@ -28,6 +28,17 @@ PAPERS: dict[str, dict[str, Any]] = {
         **{"method": "parsec", **DARTS, "epochs": 100, "samples": 16, "arch_lr": 0.02},
         **{"arch_betas": (0.5, 0.999), "likelihood": "sum"},
     },
+    **{
+        f"snas{level}": {
+            **{"method": "snas", **DARTS, **ADAM, "epochs": 150, "lr_min": 0.0, "search_fraction": 0.1},
+            **{"temperature": 1.0, "temperature_end": 0.03, "resource": level[1:] or "mild"},
+        }
+        for level in ("", "-moderate", "-aggressive")
+    },
+    "spos": {
+        **{"method": "spos", **DARTS, "generations": 20, "population": 50, "parents": 10, "crossovers": 25},
+        **{"mutations": 25, "mutation_rate": 0.1, "recalibration_batches": 200},
+    },
     "random": {"method": "random", **DARTS},
     "retrain": {
         **{"epochs": 600, "batch_size": 96, "channels": 36, "cells": 20, "stem": "cifar", "cutout": 16},
@@ -35,7 +46,12 @@ PAPERS: dict[str, dict[str, Any]] = {
         **{"auxiliary_weight": 0.4, "drop_path": 0.2},
     },
 }
-SOURCES = {"darts": "Liu et al. 2019", "pc_darts": "Xu et al. 2020", "parsec": "Casale et al. 2019"}
+SOURCES = {
+    "snas": "Xie et al. 2019",
+    "darts": "Liu et al. 2019",
+    "pc_darts": "Xu et al. 2020",
+    "parsec": "Casale et al. 2019",
+}
 
 
 def settings(preset: str, /, **flags: Any) -> dict[str, Any]:

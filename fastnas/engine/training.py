@@ -55,6 +55,26 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
+def recalibrate(module: nn.Module, run: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> None:
+    """Set the running statistics of batch normalisation to the mean over `batches` of what `run` meets in them.
+
+    A sampled path needs it before it is evaluated with running statistics (SPOS, section 3.4). Those of operations
+    that `run` leaves out are reset. Leaves `module` in evaluation mode.
+    """
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean
+    module.train()
+    with torch.no_grad():
+        for x, _ in batches:
+            run(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    module.eval()
+
+
 def assign_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient

@@ -7,7 +7,22 @@ from fastnas.methods.darts import Darts
 from fastnas.methods.parsec import Parsec
 from fastnas.methods.pc_darts import PCDarts
 from fastnas.methods.random_search import RandomSearch
+from fastnas.methods.snas import Snas
+from fastnas.methods.spos import Spos
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Darts, PCDarts, Parsec, RandomSearch)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Darts, PCDarts, Parsec, Snas, Spos, RandomSearch)
+}
 
-__all__ = ["METHODS", "Darts", "Method", "PCDarts", "Parsec", "Problem", "RandomSearch", "WeightSettings"]
+__all__ = [
+    "METHODS",
+    "Darts",
+    "Method",
+    "PCDarts",
+    "Parsec",
+    "Problem",
+    "RandomSearch",
+    "Snas",
+    "Spos",
+    "WeightSettings",
+]

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from fastnas.config import option
 from fastnas.engine.mixture import Alphas
-from fastnas.engine.supernet import Supernet
-from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine, evaluate, frozen, set_learning_rate
-from fastnas.methods.base import Problem, check_betas
+from fastnas.engine.training import Batch, assign_gradients, evaluate, frozen, set_learning_rate
+from fastnas.methods.base import Problem, check_betas, train_weights, weight_optimizer, weight_rate
 from fastnas.spaces.derive import derive_top2
 from fastnas.spaces.genotype import Genotype
 
@@ -55,22 +54,12 @@ class Darts:
     def __init__(self, settings: DartsSettings, problem: Problem) -> None:
         weights = problem.weights
         self.settings, self.weights = settings, weights
-        self.supernet = Supernet(
-            problem.space,
-            channels=weights.channels,
-            cells=weights.cells,
-            classes=problem.classes,
-            in_channels=problem.in_channels,
-            k=settings.partial,
-            stem=weights.stem,
-        ).to(problem.device)
+        self.supernet = problem.supernet(k=settings.partial)
         self.alphas = Alphas(
             problem.space, edge_normalisation=settings.edge_normalisation, generator=problem.generator(0)
         ).to(problem.device)
         self.parameters = list(self.supernet.parameters())
-        self.weight_optimizer = torch.optim.SGD(
-            self.parameters, weights.lr, weights.momentum, weight_decay=weights.weight_decay
-        )
+        self.weight_optimizer = weight_optimizer(self.supernet, weights)
         self.arch_optimizer = torch.optim.Adam(
             self.alphas.parameters(),
             settings.arch_lr,
@@ -81,7 +70,7 @@ class Darts:
 
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
-        self.rate = cosine(epoch, self.weights.epochs, self.weights.lr, self.weights.lr_min)
+        self.rate = weight_rate(self.weights, epoch)
         set_learning_rate(self.weight_optimizer, self.rate)
         self.searching = epoch >= self.settings.warmup_epochs
 
@@ -93,13 +82,8 @@ class Darts:
 
     def weight_step(self, train: Batch) -> dict[str, Tensor]:
         """One SGD step on w; alpha is a constant, so nothing is kept for its gradient."""
-        x, y = train
-        logits = self.supernet(x, self.alphas().detach())
-        loss = F.cross_entropy(logits, y)
-        assign_gradients(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.weights.grad_clip)
-        self.weight_optimizer.step()
-        return {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
+        mixture = self.alphas().detach()
+        return train_weights(self.supernet, mixture, train, self.weight_optimizer, self.weights.grad_clip)
 
     def architecture_step(self, train: Batch, search: Batch) -> Tensor:
         """One Adam step on alpha (and beta); returns L_val."""

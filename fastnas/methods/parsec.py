@@ -24,17 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnas.config import option
-from fastnas.engine.supernet import Supernet
 from fastnas.engine.training import (
     Batch,
     accuracy,
     assign_gradients,
     batch_statistics,
-    cosine,
     evaluate,
     set_learning_rate,
 )
-from fastnas.methods.base import Problem, check_betas
+from fastnas.methods.base import Problem, check_betas, weight_optimizer, weight_rate
 from fastnas.spaces.darts import DartsSpace
 from fastnas.spaces.genotype import Genotype, Node
 
@@ -128,28 +126,17 @@ class Parsec:
     def __init__(self, settings: ParsecSettings, problem: Problem) -> None:
         weights = problem.weights
         self.settings, self.weights, self.problem = settings, weights, problem
-        self.supernet = Supernet(
-            problem.space,
-            channels=weights.channels,
-            cells=weights.cells,
-            classes=problem.classes,
-            in_channels=problem.in_channels,
-            stem=weights.stem,
-        ).to(problem.device)
+        self.supernet = problem.supernet()
         self.distribution = SlotDistribution(problem.space).to(problem.device)
         self.parameters = list(self.supernet.parameters())
-        self.weight_optimizer = torch.optim.SGD(
-            self.parameters, weights.lr, weights.momentum, weight_decay=weights.weight_decay
-        )
+        self.weight_optimizer = weight_optimizer(self.supernet, weights)
         self.arch_optimizer = torch.optim.Adam(
             self.distribution.parameters(), settings.arch_lr, betas=settings.arch_betas
         )
 
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
-        set_learning_rate(
-            self.weight_optimizer, cosine(epoch, self.weights.epochs, self.weights.lr, self.weights.lr_min)
-        )
+        set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
 
     def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
         """One round of Algorithm 1."""

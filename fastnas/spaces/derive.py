@@ -11,6 +11,7 @@ from fastnas.spaces.genotype import Genotype, Node
 
 TOP2 = "top2"
 TOP2_EDGE_NORMALISED = "top2-edge-normalised"
+ALL_EDGES = "all-edges"
 
 
 def derive_top2(
@@ -36,6 +37,16 @@ def derive_top2(
 
     rule = TOP2 if normal_edges is None else TOP2_EDGE_NORMALISED
     return Genotype(cell(normal, normal_edges), cell(reduce, reduce_edges), space.concat, space.concat, rule=rule)
+
+
+def derive_all_edges(space: DartsSpace, normal: Tensor, reduce: Tensor) -> Genotype:
+    """The rule of SNAS (section 3.1): on every edge the candidate with the largest weight, and that may be `none`.
+
+    `normal`, `reduce`: [E, O]. Edges with `none` stay in the genotype and are not built.
+    """
+
+    best = [weights.detach().double().cpu().argmax(-1).tolist() for weights in (normal, reduce)]
+    return space.free_edges(*best, rule=ALL_EDGES)
 
 
 def _best_two(space: DartsSpace, weights: Sequence[Sequence[float]]) -> Node:
