@@ -16,6 +16,7 @@ DARTS = {
     **{"search_fraction": 0.5, "cutout": 0},
 }
 ADAM = {"arch_lr": 3e-4, "arch_betas": (0.5, 0.999), "arch_weight_decay": 1e-3}
+GATES = {"arch_lr": 1e-3, "arch_betas": (0.0, 0.999), "arch_interval": 5}
 FULL_CHANNELS = {"warmup_epochs": 0, "partial": 1, "edge_normalisation": False}
 PAPERS: dict[str, dict[str, Any]] = {
     "darts": {"method": "darts", "order": 1, **DARTS, **ADAM, **FULL_CHANNELS},
@@ -39,6 +40,15 @@ PAPERS: dict[str, dict[str, Any]] = {
         **{"method": "spos", **DARTS, "generations": 20, "population": 50, "parents": 10, "crossovers": 25},
         **{"mutations": 25, "mutation_rate": 0.1, "recalibration_batches": 200},
     },
+    "proxyless": {**DARTS, "method": "proxyless", "space": "nasnet", **GATES},
+    "vaenas_g": {**DARTS, "method": "vaenas_g", "space": "nasnet", "cells": 20, "top_share": 0.5, **GATES},
+    **{
+        f"vaenas_os{limited}": {
+            **{**DARTS, "method": "vaenas_os", "space": "nasnet", "cells": 20, "top_share": 0.5, "generations": 20},
+            **{"population": 50, "max_parameters": 3.5e6 if limited else None},
+        }
+        for limited in ("", "-limited")
+    },
     "random": {"method": "random", **DARTS},
     "retrain": {
         **{"epochs": 600, "batch_size": 96, "channels": 36, "cells": 20, "stem": "cifar", "cutout": 16},
@@ -47,10 +57,13 @@ PAPERS: dict[str, dict[str, Any]] = {
     },
 }
 SOURCES = {
-    "snas": "Xie et al. 2019",
     "darts": "Liu et al. 2019",
-    "pc_darts": "Xu et al. 2020",
     "parsec": "Casale et al. 2019",
+    "pc_darts": "Xu et al. 2020",
+    "proxyless": "Cai et al. 2019",
+    "snas": "Xie et al. 2019",
+    "spos": "Guo et al. 2020",
+    "vaenas": "VAENAS, Algorithm",
 }
 
 

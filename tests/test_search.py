@@ -36,6 +36,15 @@ CASES: dict[str, dict[str, Any]] = {
     "parsec": {"method": "parsec", "samples": 2},
     "snas": {"method": "snas", "arch_lr": 0.1},
     "spos": {"method": "spos", "generations": 2, "population": 4, "crossovers": 2, "mutations": 1},
+    "proxyless": {"method": "proxyless", "space": "nasnet", "arch_interval": 2, "arch_lr": 0.1},
+    "vaenas_os": {
+        **{"method": "vaenas_os", "space": "nasnet", "generations": 2, "population": 4, "crossovers": 2},
+        **{"mutations": 1, "epsilon_step": 0.1, "ranked": 4, "vae_iterations": 2, "vae_hidden": 8},
+    },
+    "vaenas_g": {
+        **{"method": "vaenas_g", "space": "nasnet", "arch_interval": 2, "arch_lr": 0.1},
+        **{"ranked": 4, "vae_iterations": 2, "vae_hidden": 8},
+    },
     "random": {"method": "random", "samples": 2},
 }
 FILES = {"config.toml", "metrics.jsonl", "timing.jsonl", "genotype.json", "cells.svg", "checkpoint.pt"}

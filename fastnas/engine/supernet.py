@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnas.engine.mixture import Mixture
+from fastnas.engine.mixture import Active, Mixture
 from fastnas.engine.stems import build_stem
 from fastnas.errors import UserError
 from fastnas.nn import FactorizedReduce, MixedOp, ReLUConvBN
@@ -43,13 +43,24 @@ class SupernetCell(nn.Module):
             MixedOp(space.candidates, channels, 2 if reduction and source < 2 else 1, k=k) for source in space.sources
         )
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None) -> Tensor:
-        """weights [E, O], edge_weights [E] or None -> the concatenation of the nodes, [B, nodes * C, H', W']."""
+    def forward(
+        self,
+        s0: Tensor,
+        s1: Tensor,
+        weights: Tensor,
+        edge_weights: Tensor | None = None,
+        active: Active | None = None,
+    ) -> Tensor:
+        """weights [E, O], edge_weights [E] or None -> the concatenation of the nodes, [B, nodes * C, H', W'].
+
+        `active`: for each edge the candidates to run, or None for all.
+        """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node in range(self.space.nodes):
             span = self.space.edge_slice(node)
             outputs = [
-                edge(state, weight) for edge, state, weight in zip(self.edges[span], states, weights[span], strict=True)
+                self.edges[index](state, weights[index], active=None if active is None else active[index])
+                for index, state in zip(range(span.start, span.stop), states, strict=True)
             ]
             states.append(
                 reduce(operator.add, outputs) if edge_weights is None else mixed_sum(outputs, edge_weights[span])
@@ -127,7 +138,7 @@ class Supernet(nn.Module):
                 nodes = architecture.reduce if cell.reduction else architecture.normal
                 s0, s1 = s1, cell.forward_path(s0, s1, nodes)
             elif cell.reduction:
-                s0, s1 = s1, cell(s0, s1, architecture.reduce, architecture.reduce_edges)
+                s0, s1 = s1, cell(s0, s1, architecture.reduce, architecture.reduce_edges, architecture.reduce_active)
             else:
-                s0, s1 = s1, cell(s0, s1, architecture.normal, architecture.normal_edges)
+                s0, s1 = s1, cell(s0, s1, architecture.normal, architecture.normal_edges, architecture.normal_active)
         return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))

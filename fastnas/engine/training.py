@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -100,16 +101,16 @@ def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> d
 
 
 class Means:
-    """Means over an epoch's steps, summed on the device and read once."""
+    """Means over an epoch's steps, summed on the device and read once; each over the steps that gave the figure."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps = 0
+        self.counts: Counter[str] = Counter()
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
-        self.steps += 1
+        self.counts.update(figures.keys())
         for key, value in figures.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
 
     def read(self) -> dict[str, float]:
-        return {key: float(value) / self.steps for key, value in self.sums.items()}
+        return {key: float(value) / self.counts[key] for key, value in self.sums.items()}

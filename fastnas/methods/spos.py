@@ -109,8 +109,9 @@ class Spos:
         return evaluate(lambda x: self.supernet(x, path), scored)["accuracy"]
 
     def derive(self) -> Genotype:
-        """The best architecture of the evolution; before it, the first that was sampled."""
-        return self.space.decode(self.found or self.sample(0), rule="evolution")
+        """The best architecture of the evolution; before it, a random one."""
+        string = self.found or random_string(self.space.choices, random.Random(self.problem.seed))
+        return self.space.decode(string, rule="evolution" if self.found else "random")
 
     def state_dict(self) -> dict[str, Any]:
         return {
