@@ -29,6 +29,8 @@ from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.runs import RunFolder, default_run_path
 from fastnas.settings import CHANGEABLE_ON_RESUME, DataSettings, RuntimeSettings, load_data, prepare
 from fastnas.spaces import SPACES, Genotype
+from fastnas.spaces.derive import count_skips
+from fastnas.spaces.genotype import live_edges
 
 DEFAULT_METHOD = "pc_darts"
 
@@ -39,6 +41,9 @@ class SearchSettings:
     space: str = option("darts", "search space", choices=tuple(SPACES))
     search_fraction: float = option(
         0.5, "share of the training set that only the architecture learns from", above=0, maximum=0.9
+    )
+    train_fraction: float | None = option(
+        None, "share of the training set that the weights learn from; none takes all the rest", above=0, maximum=1
     )
 
 
@@ -110,7 +115,13 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
     Raises UserError for settings that do not fit the data, and when the loss stops being a number.
     """
     device = prepare(plan.runtime)
-    data = load_data(plan.data, plan.runtime, device, search_fraction=plan.search.search_fraction)
+    data = load_data(
+        plan.data,
+        plan.runtime,
+        device,
+        search_fraction=plan.search.search_fraction,
+        train_fraction=plan.search.train_fraction,
+    )
     method = build_method(plan, data.num_classes, data.channels, device, data.image_size)
     batch_size, seed = plan.weights.batch_size, plan.runtime.seed
     train_stream = data.train.stream(batch_size, seed=seed)
@@ -157,6 +168,9 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
                     f"the epochs before it are in {run.path}"
                 )
             genotype = method.derive()
+            skips = {"skips_normal": count_skips(genotype.normal), "skips_reduce": count_skips(genotype.reduce)}
+            record = skips | record
+            _warn_of_collapse(record["skips_normal"], genotype, progress)
             run.append_metrics(record | {"genotype": genotype.to_darts()})
             run.append_timing(
                 {"epoch": epoch, "train_s": trained - started, "evaluate_s": time.perf_counter() - trained}
@@ -168,6 +182,15 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
     run.write_genotype(genotype)
     run.write_cells(draw_cells(genotype))
     return SearchResult(genotype, run)
+
+
+def _warn_of_collapse(skips: float, genotype: Genotype, progress: Progress) -> None:
+    edges = sum(map(len, live_edges(genotype.normal)))
+    if skips > edges / 2:
+        progress.message(
+            f"warning: {skips:.0f} of {edges} edges of the normal cell are skip connections, a sign of collapse: take "
+            "the genotype of an earlier epoch from metrics.jsonl, or cap them with --max-skips (DARTS, PC-DARTS)"
+        )
 
 
 class _Passes:
@@ -256,6 +279,7 @@ def _resumed_plan(folder: Path, flags: Mapping[str, Any], *, preset: str | None,
             f"the run in {folder} was searched with method {config.get('method')}, not {flags['method']}: "
             "drop --method, or start a new run with --out"
         )
+    config.pop("warm_start", None)  # the checkpoint holds what came from it
     return resolve({key: value for key, value in flags.items() if key != "method"}, config)
 
 

@@ -25,6 +25,16 @@ PAPERS: dict[str, dict[str, Any]] = {
         **{"method": "pc_darts", "order": 1, **DARTS, **ADAM, "batch_size": 256, "lr": 0.1, "lr_min": 0.0},
         **{"warmup_epochs": 15, "partial": 4, "edge_normalisation": True, "arch_lr": 6e-4},
     },
+    "darts-edge-normalisation": {**DARTS, **ADAM, "method": "darts", "partial": 1, "edge_normalisation": True},
+    "pc_darts-imagenet": {
+        **{"method": "pc_darts", "order": 1, **DARTS, **ADAM, "batch_size": 1024, "lr": 0.5, "lr_min": 0.0},
+        **{"weight_decay": 3e-5, "warmup_epochs": 35, "partial": 2, "edge_normalisation": True, "arch_lr": 6e-3},
+        **{"stem": "imagenet", "train_fraction": 0.1, "search_fraction": 0.025, "lr_warmup_epochs": 5},
+    },
+    "parsec-tuned": {
+        **{"method": "parsec", **DARTS, "epochs": 10, "samples": 16, "arch_lr": 0.01, "batch_size": 96},
+        **{"channels": 36, "cells": 20, "cutout": 16},
+    },
     "parsec": {
         **{"method": "parsec", **DARTS, "epochs": 100, "samples": 16, "arch_lr": 0.02},
         **{"arch_betas": (0.5, 0.999), "likelihood": "sum"},
@@ -57,6 +67,7 @@ PAPERS: dict[str, dict[str, Any]] = {
     },
 }
 SOURCES = {
+    "darts-edge": "Xu et al. 2020",
     "darts": "Liu et al. 2019",
     "parsec": "Casale et al. 2019",
     "pc_darts": "Xu et al. 2020",
@@ -90,7 +101,7 @@ def test_each_preset_says_what_it_is(preset):
     assert first.startswith("# ") and first.endswith(".")
     if preset in PAPERS:
         paper = next((paper for name, paper in SOURCES.items() if preset.startswith(name)), "DARTS")
-        assert "on CIFAR-10" in first
+        assert ("on ImageNet" if preset.endswith("-imagenet") else "on CIFAR-10") in first
         assert ("Liu et al. 2019" if preset == "retrain" else paper) in first
     else:
         assert preset.endswith("-digits") and "on the embedded digits" in first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,10 +21,10 @@ import pytest
 import torch
 
 import fastnas
-from fastnas import search
+from fastnas import retrain, search
 from fastnas.engine.checkpoint import load_checkpoint
 from fastnas.errors import UserError
-from fastnas.methods import METHODS
+from fastnas.methods import METHODS, Darts
 from fastnas.search import resolve, run_search
 from fastnas.spaces import load_genotype
 
@@ -33,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "darts": {"method": "darts"},
     "darts-second-order": {"method": "darts", "order": 2},
     "pc_darts": {"method": "pc_darts", "partial": 2, "warmup_epochs": 1},
+    "pc_darts-random-channels": {"method": "pc_darts", "partial": 2, "warmup_epochs": 0, "random_channels": True},
     "parsec": {"method": "parsec", "samples": 2},
     "snas": {"method": "snas", "arch_lr": 0.1},
     "spos": {"method": "spos", "generations": 2, "population": 4, "crossovers": 2, "mutations": 1},
@@ -360,3 +362,31 @@ def test_an_interrupt_says_how_to_go_on(images, tmp_path):
     error = process.communicate(timeout=100)[1]
     assert process.returncode == 130
     assert error == "interrupted; go on with: python -m fastnas.search --resume 'my run'\n"
+
+
+def test_a_collapse_is_counted_and_warned_of(images, tmp_path, monkeypatch, capsys):
+    derive = Darts._derive
+    monkeypatch.setattr(
+        Darts, "_derive", lambda self, mixture, cap: derive(self, _only_skips(mixture), cap) if cap is None else None
+    )
+    run = run_search(resolve(settings("darts", images, epochs=1)), tmp_path / "run").run
+    assert "4 of 4 edges of the normal cell are skip connections" in capsys.readouterr().out
+    assert run.metrics()[0]["skips_normal"] == 4
+
+
+def _only_skips(mixture):
+    weights = torch.zeros_like(mixture.normal)
+    weights[:, 3] = 1
+    return dataclasses.replace(mixture, normal=weights)
+
+
+def test_no_warning_without_a_collapse(images, tmp_path, capsys):
+    run_search(resolve(settings("darts", images, epochs=1, max_skips=0)), tmp_path / "run")
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_search_derives_can_be_retrained(case, whole, images, tmp_path):
+    size = {"epochs": 1, "batch_size": 16, "channels": 4, "cells": 3, "threads": 1, "device": "cpu", "cutout": 0}
+    plan = retrain.resolve({"genotype": str(whole[case]), "data": f"npz:{images}", "auxiliary_weight": 0.0, **size})
+    assert 0 <= retrain.run_retrain(plan, tmp_path / "retrained", quiet=True).test_accuracy <= 1

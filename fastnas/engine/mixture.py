@@ -22,6 +22,8 @@ class Mixture:
     `normal`, `reduce`: [E, O], float32. `normal_edges`, `reduce_edges`: [E] or None (every edge counts fully).
     `normal_active`, `reduce_active`: for each edge the candidates that take part, or None for all. The weights of the
     others must be 0, and are constants: what they would compute is not run, so memory is that of the active ones.
+    `channel_seed`: with partial channels, the seed from which every edge of every cell draws the channels that pass its
+    candidates (PC-DARTS, S_ij); None takes the first ones and shuffles.
     """
 
     normal: Tensor
@@ -30,6 +32,7 @@ class Mixture:
     reduce_edges: Tensor | None = None
     normal_active: Active | None = None
     reduce_active: Active | None = None
+    channel_seed: int | None = None
 
     def detach(self) -> Mixture:
         """The same weights as constants, for a pass that needs no architecture gradient."""

@@ -50,22 +50,35 @@ class SupernetCell(nn.Module):
         weights: Tensor,
         edge_weights: Tensor | None = None,
         active: Active | None = None,
+        channels: Tensor | None = None,
     ) -> Tensor:
         """weights [E, O], edge_weights [E] or None -> the concatenation of the nodes, [B, nodes * C, H', W'].
 
-        `active`: for each edge the candidates to run, or None for all.
+        `active`: for each edge the candidates to run, or None for all. `channels`: int64 [E, C/K], the channels of each
+        edge that pass its candidates, or None for the first ones.
         """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node in range(self.space.nodes):
             span = self.space.edge_slice(node)
             outputs = [
-                self.edges[index](state, weights[index], active=None if active is None else active[index])
+                self.edges[index](
+                    state,
+                    weights[index],
+                    None if channels is None else channels[index],
+                    None if active is None else active[index],
+                )
                 for index, state in zip(range(span.start, span.stop), states, strict=True)
             ]
             states.append(
                 reduce(operator.add, outputs) if edge_weights is None else mixed_sum(outputs, edge_weights[span])
             )
         return torch.cat(states[2:], dim=1)
+
+    def random_channels(self, generator: torch.Generator) -> Tensor:
+        """A random subset of C/K of the C channels for each edge: int64 [E, C/K], sorted, on the CPU."""
+        edge = self.edges[0]
+        draws = torch.rand(len(self.edges), edge.k * edge.selected, generator=generator)
+        return draws.argsort(-1)[:, : edge.selected].sort(-1).values
 
     def forward_path(self, s0: Tensor, s1: Tensor, nodes: Sequence[Node]) -> Tensor:
         """Run only the candidates that the genotype's cell names."""
@@ -133,12 +146,16 @@ class Supernet(nn.Module):
         memory of one child network.
         """
         s0, s1 = self.stem(x)
+        generator = None
+        if isinstance(architecture, Mixture) and architecture.channel_seed is not None:
+            generator = torch.Generator().manual_seed(architecture.channel_seed)
         for cell in self.cells:
             if isinstance(architecture, Genotype):
                 nodes = architecture.reduce if cell.reduction else architecture.normal
                 s0, s1 = s1, cell.forward_path(s0, s1, nodes)
-            elif cell.reduction:
-                s0, s1 = s1, cell(s0, s1, architecture.reduce, architecture.reduce_edges, architecture.reduce_active)
-            else:
-                s0, s1 = s1, cell(s0, s1, architecture.normal, architecture.normal_edges, architecture.normal_active)
+                continue
+            kind = "reduce" if cell.reduction else "normal"
+            weights, edges, active = (getattr(architecture, kind + part) for part in ("", "_edges", "_active"))
+            channels = None if generator is None else cell.random_channels(generator).to(x.device)
+            s0, s1 = s1, cell(s0, s1, weights, edges, active, channels)
         return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))
