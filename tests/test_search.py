@@ -390,3 +390,16 @@ def test_what_a_search_derives_can_be_retrained(case, whole, images, tmp_path):
     size = {"epochs": 1, "batch_size": 16, "channels": 4, "cells": 3, "threads": 1, "device": "cpu", "cutout": 0}
     plan = retrain.resolve({"genotype": str(whole[case]), "data": f"npz:{images}", "auxiliary_weight": 0.0, **size})
     assert 0 <= retrain.run_retrain(plan, tmp_path / "retrained", quiet=True).test_accuracy <= 1
+
+
+def test_the_imagenet_setting_of_pc_darts_runs(images, tmp_path):
+    """Its stem, its subsets of the training set, its warm-ups; on small images and fewer epochs."""
+    small = {"data": f"npz:{images}", "image_size": 64, "epochs": 2, "batch_size": 4, "channels": 8, "cells": 3}
+    flags = small | {"nodes": 2, "warmup_epochs": 1, "train_fraction": 0.25, "search_fraction": 0.1, "threads": 1}
+    run = run_search(resolve({"preset": "pc_darts-imagenet", **flags}), tmp_path / "run", quiet=True).run
+    records = run.metrics()
+    assert ["search_loss" in record for record in records] == [False, True]
+    state = load_checkpoint(run.checkpoint_path, method="pc_darts")["method"]
+    assert "stem.second.1.weight" in state["supernet"]
+    steps = state["weight_optimizer"]["param_groups"][0]["lr"] / 0.5
+    assert steps == pytest.approx(2 / 5 * 0.5 * (1 + math.cos(math.pi / 2)))

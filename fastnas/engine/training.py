@@ -59,7 +59,7 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
 def recalibrate(module: nn.Module, run: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> None:
     """Set the running statistics of batch normalisation to the mean over `batches` of what `run` meets in them.
 
-    A sampled path needs it before it is evaluated with running statistics (SPOS, section 3.4). Those of operations
+    A sampled path needs it before it is evaluated with running statistics (Guo et al. 2020). Those of operations
     that `run` leaves out are reset. Leaves `module` in evaluation mode.
     """
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]

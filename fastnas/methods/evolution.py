@@ -63,7 +63,6 @@ class Limits:
     def __init__(self, settings: LimitSettings, problem: Problem) -> None:
         self.parameters, self.multiply_adds = settings.max_parameters, settings.max_multiply_adds
         self.unlimited = self.parameters is None and self.multiply_adds is None
-        self.text = f"{self.parameters} parameters and {self.multiply_adds} multiply-adds"
         if not self.unlimited:
             self.costs = NetworkCost(
                 problem.space,

@@ -10,7 +10,7 @@ two is drawn by their rescaled probabilities. With the gradients dL/dg of both g
     dL/dalpha_i = sum_j dL/dg_j dp_j/dalpha_i = sum_j dL/dg_j p_j (delta_ij - p_i)                 (eq. 4)
 
 moves the two alphas; then both are shifted by one number so that the pair's total probability is what it was, and the
-candidates that were not drawn keep theirs (section 3.2.1). So memory is that of two paths, whatever the candidates.
+candidates that were not drawn keep theirs (section 3.2). So memory is that of two paths, whatever the candidates.
 """
 
 from __future__ import annotations

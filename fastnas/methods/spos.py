@@ -1,11 +1,11 @@
 """Single Path One-Shot (Guo et al. 2020): uniform single paths train the weights, evolution searches afterwards.
 
-    W = argmin_W E_{a ~ U(A)} [L_train(N(a, W(a)))]                                              (eq. 5, 7)
-    a* = argmax_a ACC_val(N(a, W(a)))   within limits on size                                    (eq. 4, 6)
+    W = argmin_W E_{a ~ U(A)} [L_train(N(a, W(a)))]                                     (VAENAS, eq. 3)
+    a* = argmax_a ACC_val(N(a, W(a)))   within limits on size                           (VAENAS, eq. 4)
 
 One architecture is drawn uniformly at each step and only its weights are trained. After the last epoch an evolution
 (Algorithm 1, `fastnas.methods.evolution`) looks for the best one. Before an architecture is scored, its statistics of
-batch normalisation are taken anew on training images, as the shared ones mix all paths (section 3.4).
+batch normalisation are taken anew on training images, as the shared ones mix all paths.
 """
 
 from __future__ import annotations
