@@ -105,6 +105,7 @@ def test_an_architecture_step_moves_the_pair_alone(problem, batches):
         for alpha, start, pair in zip(method.alphas.parameters(), old, pairs, strict=True):
             untouched = torch.ones_like(alpha).scatter(1, pair.candidates, 0).bool()
             assert torch.equal(alpha[untouched], start[untouched])
+            torch.testing.assert_close(alpha.softmax(-1)[untouched], start.softmax(-1)[untouched])
     assert not torch.equal(before[0], method.alphas.alpha_normal)
     assert all(torch.equal(a, b) for a, b in zip(weights, method.supernet.parameters(), strict=True))
 

@@ -150,6 +150,16 @@ def test_the_derived_child_is_what_cold_samples_converge_to(problem, batches):
     assert figures["entropy"] == pytest.approx(0, abs=0.1)
 
 
+def test_both_accuracies_are_on_batch_statistics_and_leave_no_trace(problem, batches):
+    """The running statistics of shared operations mix all samples."""
+    method = build(problem)
+    norm, seen = method.supernet.stem.layers[1], []
+    norm.register_forward_hook(lambda module, *_: seen.append(module.training))
+    before = norm.running_mean.clone()
+    method.end_epoch([batches[1]])
+    assert seen == [True, True] and torch.equal(norm.running_mean, before)
+
+
 def test_the_derivation_keeps_none(problem):
     method = build(problem)
     with torch.no_grad():

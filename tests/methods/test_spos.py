@@ -65,6 +65,16 @@ def test_scores_use_recalibrated_statistics(problem, batches):
     assert found == evaluate(lambda x: method.supernet(x, path), batches)["accuracy"]
 
 
+def test_recalibration_batches_are_the_last_of_the_epoch(problem, batches):
+    method = build(problem, recalibration_batches=2)
+    trains = [(batches[0][0] + index, batches[0][1]) for index in range(3)]
+    for index, train in enumerate(trains):
+        method.step(index, train, batches[1])
+    assert [x is train[0] for (x, _), train in zip(method.recent, trains[1:], strict=True)] == [True, True]
+    method.start_epoch(1)  # a resumed search has no batches of earlier epochs
+    assert not method.recent
+
+
 def test_evolution_follows_the_last_epoch_and_gives_the_genotype(problem, batches):
     method = build(problem)
     method.step(0, *batches)

@@ -66,7 +66,7 @@ def test_the_autoencoder_learns_from_samples_of_the_mixture(problem, batches, mo
     learnt = (4,) * 10
     fix_samples(method, learnt, monkeypatch)
     method.step(0, *batches)
-    method.end_epoch([batches[1]])
+    assert method.end_epoch([batches[1]])["epsilon"] == method.epsilon(1) == 1
     assert not seen  # n_vae = 2
     method.start_epoch(1)
     method.step(1, *batches)
