@@ -385,7 +385,7 @@ def test_no_warning_without_a_collapse(images, tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["snas", "spos", "vaenas_g"])  # one of each kind of genotype
 def test_what_a_search_derives_can_be_retrained(case, whole, images, tmp_path):
     size = {"epochs": 1, "batch_size": 16, "channels": 4, "cells": 3, "threads": 1, "device": "cpu", "cutout": 0}
     plan = retrain.resolve({"genotype": str(whole[case]), "data": f"npz:{images}", "auxiliary_weight": 0.0, **size})
