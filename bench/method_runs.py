@@ -46,6 +46,7 @@ def run(setting: str, seed: int, data: str, smoke: bool, runs: Path) -> dict[str
         result = search.run_search(search.resolve(flags), out, quiet=True)
     last = result.run.metrics()[-1]
     row = {"setting": setting, "seed": seed, "data": data.partition(":")[0], "epochs": last["epoch"] + 1}
+    row |= {"commit": versions().get("commit", "")}
     row |= {"search_cpu_s": round(time.process_time() - started, 1), "rule": result.genotype.rule}
     row |= {key: value for key, value in last.items() if key not in ("epoch", "loss", "accuracy")}
     if not smoke:
@@ -71,11 +72,12 @@ def main() -> None:
             key = (row["setting"], row["seed"], row["data"])
             rows = [old for old in report["rows"] if (old["setting"], old["seed"], old["data"]) != key] + [row]
             settings = " ".join(dict.fromkeys(old["setting"] for old in rows))
+            smoke = f"--data {arguments.data} --smoke " if arguments.smoke else ""
             report = {
                 "machine": f"{platform.processor() or platform.machine()}, one thread",
                 "date": time.strftime("%Y-%m-%d"),
                 "versions": versions(),
-                "command": f"python bench/method_runs.py --out FILE {settings}",
+                "command": f"python bench/method_runs.py --out FILE {smoke}{settings}",
             }
             head = "".join(f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in report.items())
             body = ",\n".join(json.dumps(old) for old in rows)
