@@ -9,7 +9,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,19 @@ import torch
 
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
+from fastnas.data import Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
-from fastnas.engine.training import Means
+from fastnas.engine.training import Batch, Means
 from fastnas.errors import UserError
 from fastnas.methods import METHODS, Method, Problem, WeightSettings
+from fastnas.methods.base import Figure
 from fastnas.progress import Progress
 from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.runs import RunFolder, default_run_path
 from fastnas.settings import CHANGEABLE_ON_RESUME, DataSettings, RuntimeSettings, load_data, prepare
-from fastnas.spaces import DartsSpace, Genotype
+from fastnas.spaces import SPACES, Genotype
+from fastnas.spaces.derive import count_skips
+from fastnas.spaces.genotype import live_edges
 
 DEFAULT_METHOD = "pc_darts"
 
@@ -34,9 +38,12 @@ DEFAULT_METHOD = "pc_darts"
 @dataclass(frozen=True)
 class SearchSettings:
     method: str = option(DEFAULT_METHOD, "search method", choices=tuple(METHODS))
-    space: str = option("darts", "search space", choices=("darts",))
+    space: str = option("darts", "search space", choices=tuple(SPACES))
     search_fraction: float = option(
         0.5, "share of the training set that only the architecture learns from", above=0, maximum=0.9
+    )
+    train_fraction: float | None = option(
+        None, "share of the training set that the weights learn from; none takes all the rest", above=0, maximum=1
     )
 
 
@@ -93,10 +100,10 @@ def _preset(preset: str | None, flags: Mapping[str, Any]) -> Mapping[str, Any]:
     return read_preset(names[0]) if names else {}
 
 
-def build_method(plan: Plan, classes: int, in_channels: int, device: torch.device) -> Method:
-    """The method of a plan, on a problem of `classes` classes and images of `in_channels` channels."""
-    space = DartsSpace(nodes=plan.weights.nodes)
-    problem = Problem(space, classes, in_channels, plan.weights, device, plan.runtime.seed)
+def build_method(plan: Plan, classes: int, in_channels: int, device: torch.device, image_size: int = 32) -> Method:
+    """The method of a plan: `classes` classes, images of `in_channels` channels and `image_size` pixels a side."""
+    space = SPACES[plan.search.space](nodes=plan.weights.nodes)
+    problem = Problem(space, classes, in_channels, plan.weights, device, plan.runtime.seed, image_size)
     return METHODS[plan.search.method](plan.method, problem)
 
 
@@ -108,8 +115,14 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
     Raises UserError for settings that do not fit the data, and when the loss stops being a number.
     """
     device = prepare(plan.runtime)
-    data = load_data(plan.data, plan.runtime, device, search_fraction=plan.search.search_fraction)
-    method = build_method(plan, data.num_classes, data.channels, device)
+    data = load_data(
+        plan.data,
+        plan.runtime,
+        device,
+        search_fraction=plan.search.search_fraction,
+        train_fraction=plan.search.train_fraction,
+    )
+    method = build_method(plan, data.num_classes, data.channels, device, data.image_size)
     batch_size, seed = plan.weights.batch_size, plan.runtime.seed
     train_stream = data.train.stream(batch_size, seed=seed)
     search_stream = data.search.stream(max(1, min(batch_size, len(data.search))), seed=seed)
@@ -147,14 +160,17 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
                 progress.step(figures)
             record = {"epoch": epoch, **means.read()}
             trained = time.perf_counter()
-            record |= method.end_epoch(data.search.batches(batch_size))
-            broken = [name.replace("_", " ") for name, value in record.items() if not math.isfinite(value)]
+            record |= method.end_epoch(_Passes(data.search, batch_size))
+            broken = [name.replace("_", " ") for name, value in record.items() if not _is_finite(value)]
             if broken:
                 raise UserError(
                     f"{broken[0]} is no longer a number in epoch {epoch + 1}: start again with a smaller --lr; "
                     f"the epochs before it are in {run.path}"
                 )
             genotype = method.derive()
+            skips = {"skips_normal": count_skips(genotype.normal), "skips_reduce": count_skips(genotype.reduce)}
+            record = skips | record
+            _warn_of_collapse(record["skips_normal"], genotype, progress)
             run.append_metrics(record | {"genotype": genotype.to_darts()})
             run.append_timing(
                 {"epoch": epoch, "train_s": trained - started, "evaluate_s": time.perf_counter() - trained}
@@ -166,6 +182,29 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
     run.write_genotype(genotype)
     run.write_cells(draw_cells(genotype))
     return SearchResult(genotype, run)
+
+
+def _warn_of_collapse(skips: float, genotype: Genotype, progress: Progress) -> None:
+    edges = sum(map(len, live_edges(genotype.normal)))
+    if skips > edges / 2:
+        progress.message(
+            f"warning: {skips:.0f} of {edges} edges of the normal cell are skip connections, a sign of collapse: take "
+            "the genotype of an earlier epoch from metrics.jsonl, or cap them with --max-skips (DARTS, PC-DARTS)"
+        )
+
+
+class _Passes:
+    """A split that can be gone through again and again, in order and without augmentation."""
+
+    def __init__(self, split: Split, batch_size: int) -> None:
+        self.split, self.batch_size = split, batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.split.batches(self.batch_size)
+
+
+def _is_finite(value: Figure) -> bool:
+    return all(map(math.isfinite, value)) if isinstance(value, list) else math.isfinite(value)
 
 
 def _save(run: RunFolder, epoch: int, method: Method) -> None:
@@ -240,6 +279,7 @@ def _resumed_plan(folder: Path, flags: Mapping[str, Any], *, preset: str | None,
             f"the run in {folder} was searched with method {config.get('method')}, not {flags['method']}: "
             "drop --method, or start a new run with --out"
         )
+    config.pop("warm_start", None)  # the checkpoint holds what came from it
     return resolve({key: value for key, value in flags.items() if key != "method"}, config)
 
 

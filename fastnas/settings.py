@@ -64,7 +64,12 @@ def prepare(runtime: RuntimeSettings) -> torch.device:
 
 
 def load_data(
-    settings: DataSettings, runtime: RuntimeSettings, device: torch.device, *, search_fraction: float = 0.5
+    settings: DataSettings,
+    runtime: RuntimeSettings,
+    device: torch.device,
+    *,
+    search_fraction: float = 0.5,
+    train_fraction: float | None = None,
 ) -> data.Data:
     """The data set with its seeded three-way split, on `device` if it fits there."""
     return data.load(
@@ -72,6 +77,7 @@ def load_data(
         settings.data_dir,
         seed=runtime.seed,
         search_fraction=search_fraction,
+        train_fraction=train_fraction,
         device=device,
         download=settings.download,
         image_size=settings.image_size,

@@ -16,6 +16,7 @@ DARTS = {
     **{"search_fraction": 0.5, "cutout": 0},
 }
 ADAM = {"arch_lr": 3e-4, "arch_betas": (0.5, 0.999), "arch_weight_decay": 1e-3}
+GATES = {"arch_lr": 1e-3, "arch_betas": (0.0, 0.999), "arch_interval": 5}
 FULL_CHANNELS = {"warmup_epochs": 0, "partial": 1, "edge_normalisation": False}
 PAPERS: dict[str, dict[str, Any]] = {
     "darts": {"method": "darts", "order": 1, **DARTS, **ADAM, **FULL_CHANNELS},
@@ -24,9 +25,39 @@ PAPERS: dict[str, dict[str, Any]] = {
         **{"method": "pc_darts", "order": 1, **DARTS, **ADAM, "batch_size": 256, "lr": 0.1, "lr_min": 0.0},
         **{"warmup_epochs": 15, "partial": 4, "edge_normalisation": True, "arch_lr": 6e-4},
     },
+    "darts-edge-normalisation": {**DARTS, **ADAM, "method": "darts", "partial": 1, "edge_normalisation": True},
+    "pc_darts-imagenet": {
+        **{"method": "pc_darts", "order": 1, **DARTS, **ADAM, "batch_size": 1024, "lr": 0.5, "lr_min": 0.0},
+        **{"weight_decay": 3e-5, "warmup_epochs": 35, "partial": 2, "edge_normalisation": True, "arch_lr": 6e-3},
+        **{"stem": "imagenet", "train_fraction": 0.1, "search_fraction": 0.025, "lr_warmup_epochs": 5},
+    },
+    "parsec-tuned": {
+        **{"method": "parsec", **DARTS, "epochs": 10, "samples": 16, "arch_lr": 0.01, "batch_size": 96},
+        **{"channels": 36, "cells": 20, "cutout": 16},
+    },
     "parsec": {
         **{"method": "parsec", **DARTS, "epochs": 100, "samples": 16, "arch_lr": 0.02},
         **{"arch_betas": (0.5, 0.999), "likelihood": "sum"},
+    },
+    **{
+        f"snas{level}": {
+            **{"method": "snas", **DARTS, **ADAM, "epochs": 150, "lr_min": 0.0, "search_fraction": 0.1},
+            **{"temperature": 1.0, "temperature_end": 0.03, "resource": level[1:] or "mild"},
+        }
+        for level in ("", "-moderate", "-aggressive")
+    },
+    "spos": {
+        **{"method": "spos", **DARTS, "generations": 20, "population": 50, "parents": 10, "crossovers": 25},
+        **{"mutations": 25, "mutation_rate": 0.1, "recalibration_batches": 200},
+    },
+    "proxyless": {**DARTS, "method": "proxyless", "space": "nasnet", **GATES},
+    "vaenas_g": {**DARTS, "method": "vaenas_g", "space": "nasnet", "cells": 20, "top_share": 0.5, **GATES},
+    **{
+        f"vaenas_os{limited}": {
+            **{**DARTS, "method": "vaenas_os", "space": "nasnet", "cells": 20, "top_share": 0.5, "generations": 20},
+            **{"population": 50, "max_parameters": 3.5e6 if limited else None},
+        }
+        for limited in ("", "-limited")
     },
     "random": {"method": "random", **DARTS},
     "retrain": {
@@ -35,7 +66,16 @@ PAPERS: dict[str, dict[str, Any]] = {
         **{"auxiliary_weight": 0.4, "drop_path": 0.2},
     },
 }
-SOURCES = {"darts": "Liu et al. 2019", "pc_darts": "Xu et al. 2020", "parsec": "Casale et al. 2019"}
+SOURCES = {
+    "darts-edge": "Xu et al. 2020",
+    "darts": "Liu et al. 2019",
+    "parsec": "Casale et al. 2019",
+    "pc_darts": "Xu et al. 2020",
+    "proxyless": "Cai et al. 2019",
+    "snas": "Xie et al. 2019",
+    "spos": "Guo et al. 2020",
+    "vaenas": "VAENAS, Algorithm",
+}
 
 
 def settings(preset: str, /, **flags: Any) -> dict[str, Any]:
@@ -61,7 +101,7 @@ def test_each_preset_says_what_it_is(preset):
     assert first.startswith("# ") and first.endswith(".")
     if preset in PAPERS:
         paper = next((paper for name, paper in SOURCES.items() if preset.startswith(name)), "DARTS")
-        assert "on CIFAR-10" in first
+        assert ("on ImageNet" if preset.endswith("-imagenet") else "on CIFAR-10") in first
         assert ("Liu et al. 2019" if preset == "retrain" else paper) in first
     else:
         assert preset.endswith("-digits") and "on the embedded digits" in first

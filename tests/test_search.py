@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,10 +21,10 @@ import pytest
 import torch
 
 import fastnas
-from fastnas import search
+from fastnas import retrain, search
 from fastnas.engine.checkpoint import load_checkpoint
 from fastnas.errors import UserError
-from fastnas.methods import METHODS
+from fastnas.methods import METHODS, Darts
 from fastnas.search import resolve, run_search
 from fastnas.spaces import load_genotype
 
@@ -33,7 +34,19 @@ CASES: dict[str, dict[str, Any]] = {
     "darts": {"method": "darts"},
     "darts-second-order": {"method": "darts", "order": 2},
     "pc_darts": {"method": "pc_darts", "partial": 2, "warmup_epochs": 1},
+    "pc_darts-random-channels": {"method": "pc_darts", "partial": 2, "warmup_epochs": 0, "random_channels": True},
     "parsec": {"method": "parsec", "samples": 2},
+    "snas": {"method": "snas", "arch_lr": 0.1},
+    "spos": {"method": "spos", "generations": 2, "population": 4, "crossovers": 2, "mutations": 1},
+    "proxyless": {"method": "proxyless", "space": "nasnet", "arch_interval": 2, "arch_lr": 0.1},
+    "vaenas_os": {
+        **{"method": "vaenas_os", "space": "nasnet", "generations": 2, "population": 4, "crossovers": 2},
+        **{"mutations": 1, "epsilon_step": 0.1, "ranked": 4, "vae_iterations": 2, "vae_hidden": 8},
+    },
+    "vaenas_g": {
+        **{"method": "vaenas_g", "space": "nasnet", "arch_interval": 2, "arch_lr": 0.1},
+        **{"ranked": 4, "vae_iterations": 2, "vae_hidden": 8},
+    },
     "random": {"method": "random", "samples": 2},
 }
 FILES = {"config.toml", "metrics.jsonl", "timing.jsonl", "genotype.json", "cells.svg", "checkpoint.pt"}
@@ -117,7 +130,8 @@ def test_a_search_leaves_a_run_folder(case, whole):
     assert [record["epoch"] for record in records] == list(range(EPOCHS))
     for record in records:
         assert {"loss", "accuracy", "search_accuracy", "entropy", "genotype"} <= record.keys()
-        assert all(math.isfinite(value) for value in record.values() if not isinstance(value, str))
+        for value in record.values():
+            assert isinstance(value, str) or all(map(math.isfinite, value if isinstance(value, list) else [value]))
         assert 0 <= record["accuracy"] <= 1 and 0 <= record["search_accuracy"] <= 1
     genotype = load_genotype(run)
     assert len(genotype.normal) == len(genotype.reduce) == 2
@@ -348,3 +362,44 @@ def test_an_interrupt_says_how_to_go_on(images, tmp_path):
     error = process.communicate(timeout=100)[1]
     assert process.returncode == 130
     assert error == "interrupted; go on with: python -m fastnas.search --resume 'my run'\n"
+
+
+def test_a_collapse_is_counted_and_warned_of(images, tmp_path, monkeypatch, capsys):
+    derive = Darts._derive
+    monkeypatch.setattr(
+        Darts, "_derive", lambda self, mixture, cap: derive(self, _only_skips(mixture), cap) if cap is None else None
+    )
+    run = run_search(resolve(settings("darts", images, epochs=1)), tmp_path / "run").run
+    assert "4 of 4 edges of the normal cell are skip connections" in capsys.readouterr().out
+    assert run.metrics()[0]["skips_normal"] == 4
+
+
+def _only_skips(mixture):
+    weights = torch.zeros_like(mixture.normal)
+    weights[:, 3] = 1
+    return dataclasses.replace(mixture, normal=weights)
+
+
+def test_no_warning_without_a_collapse(images, tmp_path, capsys):
+    run_search(resolve(settings("darts", images, epochs=1, max_skips=0)), tmp_path / "run")
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["snas", "spos", "vaenas_g"])  # one of each kind of genotype
+def test_what_a_search_derives_can_be_retrained(case, whole, images, tmp_path):
+    size = {"epochs": 1, "batch_size": 16, "channels": 4, "cells": 3, "threads": 1, "device": "cpu", "cutout": 0}
+    plan = retrain.resolve({"genotype": str(whole[case]), "data": f"npz:{images}", "auxiliary_weight": 0.0, **size})
+    assert 0 <= retrain.run_retrain(plan, tmp_path / "retrained", quiet=True).test_accuracy <= 1
+
+
+def test_the_imagenet_setting_of_pc_darts_runs(images, tmp_path):
+    """Its stem, its subsets of the training set, its warm-ups; on small images and fewer epochs."""
+    small = {"data": f"npz:{images}", "image_size": 64, "epochs": 2, "batch_size": 4, "channels": 8, "cells": 3}
+    flags = small | {"nodes": 2, "warmup_epochs": 1, "train_fraction": 0.25, "search_fraction": 0.1, "threads": 1}
+    run = run_search(resolve({"preset": "pc_darts-imagenet", **flags}), tmp_path / "run", quiet=True).run
+    records = run.metrics()
+    assert ["search_loss" in record for record in records] == [False, True]
+    state = load_checkpoint(run.checkpoint_path, method="pc_darts")["method"]
+    assert "stem.second.1.weight" in state["supernet"]
+    steps = state["weight_optimizer"]["param_groups"][0]["lr"] / 0.5
+    assert steps == pytest.approx(2 / 5 * 0.5 * (1 + math.cos(math.pi / 2)))

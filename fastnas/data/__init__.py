@@ -56,6 +56,7 @@ def load(
     *,
     seed: int = 0,
     search_fraction: float = 0.5,
+    train_fraction: float | None = None,
     device: str | torch.device = "cpu",
     download: bool = False,
     image_size: int | None = None,
@@ -68,7 +69,8 @@ def load(
 
     data_dir: folder of cifar10, cifar100, fashion-mnist and imagenet (default: data). seed: of the split
     between train and search, and of the order and augmentation of batches; the test set does not depend on
-    it. search_fraction: share of the training set that goes to `search`, 0 <= f < 1. image_size: side to
+    it. search_fraction: share of the training set that goes to `search`, 0 <= f < 1. train_fraction:
+    share of it that goes to `train`, of every class alike (default: all that `search` leaves). image_size: side to
     resize to. cutout: side of the blanked square, 0 for none. workers: processes (threads, for small folders)
     that read image files. num_classes: outputs of the classifier, if more than the labels show. flip: whether
     training images are mirrored at random (default: yes, except digits).
@@ -81,6 +83,12 @@ def load(
         if value is not None and value < least:
             raise UserError(f"{name} {value} is too small: it must be at least {least}")
 
+    if train_fraction is not None and not 0 < train_fraction <= 1 - search_fraction + 1e-9:
+        raise UserError(
+            f"train fraction {train_fraction} is out of range: with a search fraction of {search_fraction} it must be "
+            f"above 0 and at most {1 - search_fraction:g}"
+        )
+
     source = find(spec, data_dir, download)
     classes = count_classes(source.name, source.labels, source.test_labels, num_classes)
     size = source.side() if image_size is None else image_size
@@ -91,6 +99,10 @@ def load(
     # As the usual 4 pixels on each side of CIFAR's 32.
     recipe = Recipe(mean, std, pad=size // 8, flip=source.flip if flip is None else flip, cutout=cutout)
     train_rows, search_rows = stratified(source.labels, search_fraction, Use.SEARCH_SPLIT, seed)
+    if train_fraction is not None:
+        share = min(1.0, train_fraction / (1 - search_fraction))
+        _, part = stratified(source.labels[train_rows], share, Use.TRAIN_SUBSET, seed)
+        train_rows = train_rows[part]
     all_rows, test_rows = torch.arange(len(source.labels)), torch.arange(len(source.test_labels))
     return Data(
         name=spec,

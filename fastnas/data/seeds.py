@@ -17,6 +17,7 @@ class Use(IntEnum):
     ORDER = 3
     DRAWS = 4
     SAMPLE = 5
+    TRAIN_SUBSET = 6
 
 
 def mix(*values: int) -> int:

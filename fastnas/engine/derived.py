@@ -13,11 +13,16 @@ from fastnas.engine.stems import build_stem
 from fastnas.errors import UserError
 from fastnas.nn import DropPath, FactorizedReduce, ReLUConvBN, build_candidate
 from fastnas.spaces.darts import reduction_cells
-from fastnas.spaces.genotype import Genotype, Node
+from fastnas.spaces.genotype import Genotype, Node, live_edges
 
 
 class DerivedCell(nn.Module):
-    """A cell with only the genotype's operations; each path but an identity is dropped per sample in training."""
+    """A cell with only the genotype's operations; each path but an identity is dropped per sample in training.
+
+    An edge with `none` is not built. A node that is left without inputs goes, with the edges that start from it and
+    its part of the output, and so does the preprocessing of an input that nothing reads (SNAS, section 3.1). Raises
+    UserError when nothing is left.
+    """
 
     def __init__(
         self,
@@ -31,10 +36,18 @@ class DerivedCell(nn.Module):
         previous_reduces: bool,
     ) -> None:
         super().__init__()
-        self.concat = concat
+        nodes = live_edges(nodes)
+        self.concat = [state for state in concat if state < 2 or nodes[state - 2]]
+        if not self.concat:
+            raise UserError(
+                f"every path of the {'reduction' if reduction else 'normal'} cell ends in 'none', so there is nothing "
+                "to build: search longer, or with a weaker resource constraint"
+            )
+        self.out_channels = len(self.concat) * channels
+        read = {source for node in nodes for _, source in node} | set(self.concat)
         preprocess = FactorizedReduce if previous_reduces else ReLUConvBN
-        self.preprocess0 = preprocess(c_prev_prev, channels, affine=True)
-        self.preprocess1 = ReLUConvBN(c_prev, channels, affine=True)
+        self.preprocess0 = preprocess(c_prev_prev, channels, affine=True) if 0 in read else None
+        self.preprocess1 = ReLUConvBN(c_prev, channels, affine=True) if 1 in read else None
         self.sources = [[source for _, source in node] for node in nodes]
         self.nodes = nn.ModuleList(
             nn.ModuleList(self._path(name, channels, 2 if reduction and source < 2 else 1) for name, source in node)
@@ -47,10 +60,13 @@ class DerivedCell(nn.Module):
         return candidate if isinstance(candidate, nn.Identity) else nn.Sequential(candidate, DropPath())
 
     def forward(self, s0: Tensor, s1: Tensor) -> Tensor:
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
+        states = [
+            None if preprocess is None else preprocess(s)
+            for preprocess, s in ((self.preprocess0, s0), (self.preprocess1, s1))
+        ]
         for paths, sources in zip(self.nodes, self.sources, strict=True):
             outputs = [path(states[source]) for path, source in zip(paths, sources, strict=True)]
-            states.append(reduce(operator.add, outputs))
+            states.append(reduce(operator.add, outputs) if outputs else None)
         return torch.cat([states[state] for state in self.concat], dim=1)
 
 
@@ -112,18 +128,11 @@ class DerivedNetwork(nn.Module):
             nodes, concat = (
                 (genotype.reduce, genotype.reduce_concat) if reduction else (genotype.normal, genotype.normal_concat)
             )
-            self.cells.append(
-                DerivedCell(
-                    nodes,
-                    concat,
-                    c_prev_prev,
-                    c_prev,
-                    channels,
-                    reduction=reduction,
-                    previous_reduces=previous_reduces,
-                )
+            cell = DerivedCell(
+                nodes, concat, c_prev_prev, c_prev, channels, reduction=reduction, previous_reduces=previous_reduces
             )
-            c_prev_prev, c_prev, previous_reduces = c_prev, len(concat) * channels, reduction
+            self.cells.append(cell)
+            c_prev_prev, c_prev, previous_reduces = c_prev, cell.out_channels, reduction
             if auxiliary and index == self.auxiliary_after:
                 self.auxiliary = AuxiliaryHead(c_prev, classes, second_norm=stem == "cifar")
         self.classifier = nn.Linear(c_prev, classes)

@@ -69,17 +69,17 @@ class FusedCell:
             plan = self.path(architecture.reduce if reduction else architecture.normal)
             weights = torch.ones(self.space.num_edges, len(self.space.candidates), device=s0.device)
             return fused_cell(plan, s0, s1, weights, None, training=training, lean=lean)
-        if reduction:
-            weights, betas = architecture.reduce, architecture.reduce_edges
-        else:
-            weights, betas = architecture.normal, architecture.normal_edges
+        weights, betas, active = architecture.of_cell(reduction)
+        plan = self.mixture
+        if active is not None:
+            plan = self._plan([(edge, candidate) for edge, some in enumerate(active) for candidate in some])
         if betas is not None:
             weights = weights * betas[:, None]
         if self.k == 1:
             betas = None
         elif betas is None:
             betas = weights.new_ones(len(weights))
-        return fused_cell(self.mixture, s0, s1, weights, betas, training=training, lean=lean)
+        return fused_cell(plan, s0, s1, weights, betas, training=training, lean=lean)
 
 
 def run_fused(cell: SupernetCell, s0: Tensor, s1: Tensor, architecture: Mixture | Genotype, *, lean: bool) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +12,38 @@ from fastnas.spaces.darts import DartsSpace
 
 INITIAL_SCALE = 1e-3  # alpha and beta start at 1e-3 N(0, 1), as in the released DARTS and PC-DARTS code
 
+Active = Sequence[Sequence[int]]
+
 
 @dataclass(frozen=True)
 class Mixture:
     """Weights of all candidates of all edges, for one forward pass.
 
     `normal`, `reduce`: [E, O], float32. `normal_edges`, `reduce_edges`: [E] or None (every edge counts fully).
+    `normal_active`, `reduce_active`: for each edge the candidates that take part, or None for all. The weights of the
+    others must be 0, and are constants: what they would compute is not run, so memory is that of the active ones.
+    `channel_seed`: with partial channels, the seed from which every edge of every cell draws the channels that pass its
+    candidates (PC-DARTS, S_ij); None takes the first ones and shuffles.
     """
 
     normal: Tensor
     reduce: Tensor
     normal_edges: Tensor | None = None
     reduce_edges: Tensor | None = None
+    normal_active: Active | None = None
+    reduce_active: Active | None = None
+    channel_seed: int | None = None
+
+    def of_cell(self, reduction: bool) -> tuple[Tensor, Tensor | None, Active | None]:
+        """Weights, edge weights and active candidates of a kind of cell."""
+        if reduction:
+            return self.reduce, self.reduce_edges, self.reduce_active
+        return self.normal, self.normal_edges, self.normal_active
 
     def detach(self) -> Mixture:
         """The same weights as constants, for a pass that needs no architecture gradient."""
-        parts = (self.normal, self.reduce, self.normal_edges, self.reduce_edges)
-        return Mixture(*(None if part is None else part.detach() for part in parts))  # type: ignore[arg-type]
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: part.detach() for name, part in parts.items() if isinstance(part, Tensor)})
 
 
 class Alphas(nn.Module):

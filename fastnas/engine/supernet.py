@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnas.engine.fused import run_fused
-from fastnas.engine.mixture import Mixture
+from fastnas.engine.mixture import Active, Mixture
 from fastnas.engine.stems import build_stem
 from fastnas.errors import UserError
 from fastnas.nn import FactorizedReduce, MixedOp, ReLUConvBN
@@ -49,18 +49,42 @@ class SupernetCell(nn.Module):
             MixedOp(space.candidates, channels, 2 if reduction and source < 2 else 1, k=k) for source in space.sources
         )
 
-    def forward(self, s0: Tensor, s1: Tensor, weights: Tensor, edge_weights: Tensor | None) -> Tensor:
-        """weights [E, O], edge_weights [E] or None -> the concatenation of the nodes, [B, nodes * C, H', W']."""
+    def forward(
+        self,
+        s0: Tensor,
+        s1: Tensor,
+        weights: Tensor,
+        edge_weights: Tensor | None = None,
+        active: Active | None = None,
+        channels: Tensor | None = None,
+    ) -> Tensor:
+        """weights [E, O], edge_weights [E] or None -> the concatenation of the nodes, [B, nodes * C, H', W'].
+
+        `active`: for each edge the candidates to run, or None for all. `channels`: int64 [E, C/K], the channels of each
+        edge that pass its candidates, or None for the first ones.
+        """
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for node in range(self.space.nodes):
             span = self.space.edge_slice(node)
             outputs = [
-                edge(state, weight) for edge, state, weight in zip(self.edges[span], states, weights[span], strict=True)
+                self.edges[index](
+                    state,
+                    weights[index],
+                    None if channels is None else channels[index],
+                    None if active is None else active[index],
+                )
+                for index, state in zip(range(span.start, span.stop), states, strict=True)
             ]
             states.append(
                 reduce(operator.add, outputs) if edge_weights is None else mixed_sum(outputs, edge_weights[span])
             )
         return torch.cat(states[2:], dim=1)
+
+    def random_channels(self, generator: torch.Generator) -> Tensor:
+        """A random subset of C/K of the C channels for each edge: int64 [E, C/K], sorted, on the CPU."""
+        edge = self.edges[0]
+        draws = torch.rand(len(self.edges), edge.k * edge.selected, generator=generator)
+        return draws.argsort(-1)[:, : edge.selected].sort(-1).values
 
     def forward_path(self, s0: Tensor, s1: Tensor, nodes: Sequence[Node]) -> Tensor:
         """Run only the candidates that the genotype's cell names."""
@@ -75,13 +99,13 @@ class SupernetCell(nn.Module):
         return torch.cat(states[2:], dim=1)
 
 
-def run_plain(cell: SupernetCell, s0: Tensor, s1: Tensor, architecture: Mixture | Genotype) -> Tensor:
-    """Run a cell module by module."""
+def run_plain(
+    cell: SupernetCell, s0: Tensor, s1: Tensor, architecture: Mixture | Genotype, channels: Tensor | None
+) -> Tensor:
+    """Run a cell module by module. `channels`: int64 [E, C/K], the random channels of its edges, or None."""
     if isinstance(architecture, Genotype):
         return cell.forward_path(s0, s1, architecture.reduce if cell.reduction else architecture.normal)
-    if cell.reduction:
-        return cell(s0, s1, architecture.reduce, architecture.reduce_edges)
-    return cell(s0, s1, architecture.normal, architecture.normal_edges)
+    return cell(s0, s1, *architecture.of_cell(cell.reduction), channels)
 
 
 class Supernet(nn.Module):
@@ -90,7 +114,8 @@ class Supernet(nn.Module):
     `channels`: C of the first cells, doubled at each of the two reduction cells (at a third and at two thirds);
     `k`: partial channels 1/K (PC-DARTS); `stem`: "cifar" or "imagenet". Its parameters are the shared weights only;
     the architecture comes with each call. `executor`: "plain" (one module call a candidate), "fused" or "lean" (both
-    fused; lean keeps little more than the states of the cells between forward and backward, and computes more).
+    fused; lean keeps little more than the states of the cells between forward and backward, and computes more). Random
+    channels run on the plain executor.
     """
 
     def __init__(
@@ -142,10 +167,16 @@ class Supernet(nn.Module):
         memory of one child network.
         """
         fused = self.executor != "plain"
-        run = partial(run_fused, lean=self.executor == "lean") if fused else run_plain
         if fused:
             x = x.contiguous(memory_format=torch.channels_last)
         s0, s1 = self.stem(x)
+        generator = None
+        if isinstance(architecture, Mixture) and architecture.channel_seed is not None:
+            generator = torch.Generator().manual_seed(architecture.channel_seed)
         for cell in self.cells:
-            s0, s1 = s1, run(cell, s0, s1, architecture)
+            channels = None if generator is None else cell.random_channels(generator).to(x.device)
+            if fused and channels is None:
+                s0, s1 = s1, run_fused(cell, s0, s1, architecture, lean=self.executor == "lean")
+            else:
+                s0, s1 = s1, run_plain(cell, s0, s1, architecture, channels)
         return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -55,6 +56,26 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
+def recalibrate(module: nn.Module, run: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> None:
+    """Set the running statistics of batch normalisation to the mean over `batches` of what `run` meets in them.
+
+    A sampled path needs it before it is evaluated with running statistics (Guo et al. 2020). Those of operations
+    that `run` leaves out are reset. Leaves `module` in evaluation mode.
+    """
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean
+    module.train()
+    with torch.no_grad():
+        for x, _ in batches:
+            run(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    module.eval()
+
+
 def assign_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
@@ -80,16 +101,16 @@ def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> d
 
 
 class Means:
-    """Means over an epoch's steps, summed on the device and read once."""
+    """Means over an epoch's steps, summed on the device and read once; each over the steps that gave the figure."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps = 0
+        self.counts: Counter[str] = Counter()
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
-        self.steps += 1
+        self.counts.update(figures.keys())
         for key, value in figures.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
 
     def read(self) -> dict[str, float]:
-        return {key: float(value) / self.steps for key, value in self.sums.items()}
+        return {key: float(value) / self.counts[key] for key, value in self.sums.items()}

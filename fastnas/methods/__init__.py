@@ -6,8 +6,37 @@ from fastnas.methods.base import Method, Problem, WeightSettings
 from fastnas.methods.darts import Darts
 from fastnas.methods.parsec import Parsec
 from fastnas.methods.pc_darts import PCDarts
+from fastnas.methods.proxyless import Proxyless
 from fastnas.methods.random_search import RandomSearch
+from fastnas.methods.snas import Snas
+from fastnas.methods.spos import Spos
+from fastnas.methods.vaenas import VaenasGradient, VaenasOneShot
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Darts, PCDarts, Parsec, RandomSearch)}
+_ALL: tuple[type[Method], ...] = (
+    Darts,
+    PCDarts,
+    Parsec,
+    Snas,
+    Spos,
+    Proxyless,
+    VaenasOneShot,
+    VaenasGradient,
+    RandomSearch,
+)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-__all__ = ["METHODS", "Darts", "Method", "PCDarts", "Parsec", "Problem", "RandomSearch", "WeightSettings"]
+__all__ = [
+    "METHODS",
+    "Darts",
+    "Method",
+    "PCDarts",
+    "Parsec",
+    "Problem",
+    "Proxyless",
+    "RandomSearch",
+    "Snas",
+    "Spos",
+    "VaenasGradient",
+    "VaenasOneShot",
+    "WeightSettings",
+]

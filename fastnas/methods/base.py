@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastnas.config import option
+from fastnas.engine.mixture import Mixture
 from fastnas.engine.stems import STEMS
-from fastnas.engine.training import Batch
+from fastnas.engine.supernet import Supernet
+from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine
 from fastnas.errors import UserError
 from fastnas.spaces.darts import DartsSpace
 from fastnas.spaces.genotype import Genotype
+
+Figure = float | list[float]  # a number, or one for each edge
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class WeightSettings:
     stem: str = option("cifar", "layers before the first cell: full size, or three strides of 2", choices=STEMS)
     lr: float = option(0.025, "learning rate of the weights at the start", above=0)
     lr_min: float = option(0.001, "learning rate that the cosine schedule ends at", minimum=0)
+    lr_warmup_epochs: int = option(0, "epochs in which the rate rises linearly before the cosine", minimum=0)
     momentum: float = option(0.9, "momentum of the weights' SGD", minimum=0, maximum=1)
     weight_decay: float = option(3e-4, "L2 penalty of the weights", minimum=0)
     grad_clip: float = option(5.0, "largest norm of the weights' gradient; alphas are never clipped", above=0)
@@ -44,13 +50,62 @@ class Problem:
     weights: WeightSettings
     device: torch.device
     seed: int
+    image_size: int = 32  # pixels a side, for counting operations
 
-    def generator(self, *stream: int) -> torch.Generator:
-        """A CPU generator that depends on the seed and the numbers in `stream` alone: resuming needs no state."""
+    def seed_of(self, *stream: int) -> int:
+        """A number below 2^63 that depends on the seed and the numbers in `stream` alone: resuming needs no state."""
         mixed = self.seed
         for number in stream:
             mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
-        return torch.Generator().manual_seed(mixed)
+        return mixed
+
+    def generator(self, *stream: int) -> torch.Generator:
+        """A CPU generator with that seed."""
+        return torch.Generator().manual_seed(self.seed_of(*stream))
+
+    def supernet(self, *, k: int = 1) -> Supernet:
+        """A new supernet of this problem, on its device; `k`: partial channels 1/k."""
+        return Supernet(
+            self.space,
+            channels=self.weights.channels,
+            cells=self.weights.cells,
+            classes=self.classes,
+            in_channels=self.in_channels,
+            k=k,
+            stem=self.weights.stem,
+        ).to(self.device)
+
+
+def weight_optimizer(module: nn.Module, weights: WeightSettings) -> torch.optim.SGD:
+    """SGD with momentum and weight decay for the shared weights."""
+    return torch.optim.SGD(module.parameters(), weights.lr, weights.momentum, weight_decay=weights.weight_decay)
+
+
+def weight_rate(weights: WeightSettings, epoch: int) -> float:
+    """Learning rate of the weights in `epoch`, counted from 0: the linear warm-up, if any, times the cosine."""
+    rate = cosine(epoch, weights.epochs, weights.lr, weights.lr_min)
+    return rate * min(1.0, (epoch + 1) / weights.lr_warmup_epochs) if weights.lr_warmup_epochs else rate
+
+
+def train_weights(
+    supernet: Supernet,
+    architecture: Mixture | Genotype,
+    train: Batch,
+    optimizer: torch.optim.Optimizer,
+    grad_clip: float,
+) -> dict[str, Tensor]:
+    """One SGD step on the shared weights with the architecture as a constant; loss and accuracy of the batch.
+
+    An operation that took no part has no gradient, so it sees neither weight decay nor momentum.
+    """
+    x, y = train
+    logits = supernet(x, architecture)
+    loss = F.cross_entropy(logits, y)
+    parameters = list(supernet.parameters())
+    assign_gradients(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))
+    torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+    optimizer.step()
+    return {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
 
 
 def check_betas(betas: tuple[float, ...]) -> None:
@@ -73,8 +128,11 @@ class Method(Protocol):
     def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
         """One search step, `index` counted over the whole search; 0-dim tensors to average, read by nobody here."""
 
-    def end_epoch(self, search: Iterable[Batch]) -> dict[str, float]:
-        """Figures of the epoch: at least `search_accuracy` and `entropy` (nats), measured on the search half."""
+    def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
+        """Figures of the epoch: at least `search_accuracy` and `entropy` (nats), measured on the search half.
+
+        `search` is the whole search half in order, without augmentation; it may be gone through several times.
+        """
 
     def derive(self) -> Genotype:
         """The genotype of the current architecture parameters."""

@@ -12,7 +12,7 @@ First order takes dL_val(w, alpha)/dalpha. Second order looks one weight step ah
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnas.config import option
-from fastnas.engine.mixture import Alphas
-from fastnas.engine.supernet import Supernet
-from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine, evaluate, frozen, set_learning_rate
-from fastnas.methods.base import Problem, check_betas
-from fastnas.spaces.derive import derive_top2
+from fastnas.engine.mixture import Alphas, Mixture
+from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
+from fastnas.errors import UserError
+from fastnas.methods.base import Figure, Problem, check_betas, train_weights, weight_optimizer, weight_rate
+from fastnas.spaces.derive import count_skips, derive_top2
 from fastnas.spaces.genotype import Genotype
 
+WEIGHTS, ARCHITECTURE, EVALUATION = 1, 2, 3  # uses of random channels
 FINITE_DIFFERENCE = 1e-2  # eps times the gradient's norm, section 2.3
 
 
@@ -42,8 +43,13 @@ class DartsSettings:
     partial: int = option(1, "K: only 1/K of the channels pass the candidates (PC-DARTS); 1 is all", minimum=1)
     edge_normalisation: bool = option(False, "weigh the edges of a node by a softmax of beta (PC-DARTS)")
 
+    random_channels: bool = option(False, "draw the channels that pass the candidates anew at each pass (PC-DARTS)")
+    max_skips: int | None = option(None, "most skip connections in the derived normal cell; none is no cap", minimum=0)
+
     def __post_init__(self) -> None:
         check_betas(self.arch_betas)
+        if self.random_channels and self.partial == 1:
+            raise UserError("random-channels draws 1/K of the channels: give --partial 2 or more with it")
 
 
 class Darts:
@@ -54,23 +60,13 @@ class Darts:
 
     def __init__(self, settings: DartsSettings, problem: Problem) -> None:
         weights = problem.weights
-        self.settings, self.weights = settings, weights
-        self.supernet = Supernet(
-            problem.space,
-            channels=weights.channels,
-            cells=weights.cells,
-            classes=problem.classes,
-            in_channels=problem.in_channels,
-            k=settings.partial,
-            stem=weights.stem,
-        ).to(problem.device)
+        self.settings, self.weights, self.problem = settings, weights, problem
+        self.supernet = problem.supernet(k=settings.partial)
         self.alphas = Alphas(
             problem.space, edge_normalisation=settings.edge_normalisation, generator=problem.generator(0)
         ).to(problem.device)
         self.parameters = list(self.supernet.parameters())
-        self.weight_optimizer = torch.optim.SGD(
-            self.parameters, weights.lr, weights.momentum, weight_decay=weights.weight_decay
-        )
+        self.weight_optimizer = weight_optimizer(self.supernet, weights)
         self.arch_optimizer = torch.optim.Adam(
             self.alphas.parameters(),
             settings.arch_lr,
@@ -78,28 +74,33 @@ class Darts:
             weight_decay=settings.arch_weight_decay,
         )
         self.searching = False
+        self.index = 0
 
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
-        self.rate = cosine(epoch, self.weights.epochs, self.weights.lr, self.weights.lr_min)
+        self.epoch = epoch
+        self.rate = weight_rate(self.weights, epoch)
         set_learning_rate(self.weight_optimizer, self.rate)
         self.searching = epoch >= self.settings.warmup_epochs
 
     def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
+        self.index = index
         figures = {}
         if self.searching:
             figures["search_loss"] = self.architecture_step(train, search)
         return figures | self.weight_step(train)
 
+    def mixture(self, use: int) -> Mixture:
+        """The weights of all candidates, and the seed of the channels for this step and `use`."""
+        mixture = self.alphas()
+        if not self.settings.random_channels:
+            return mixture
+        return replace(mixture, channel_seed=self.problem.seed_of(use, self.index))
+
     def weight_step(self, train: Batch) -> dict[str, Tensor]:
         """One SGD step on w; alpha is a constant, so nothing is kept for its gradient."""
-        x, y = train
-        logits = self.supernet(x, self.alphas().detach())
-        loss = F.cross_entropy(logits, y)
-        assign_gradients(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True))
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.weights.grad_clip)
-        self.weight_optimizer.step()
-        return {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
+        mixture = self.mixture(WEIGHTS).detach()
+        return train_weights(self.supernet, mixture, train, self.weight_optimizer, self.weights.grad_clip)
 
     def architecture_step(self, train: Batch, search: Batch) -> Tensor:
         """One Adam step on alpha (and beta); returns L_val."""
@@ -123,14 +124,14 @@ class Darts:
         """
         parameters = self.parameters
         start = [parameter.detach().clone() for parameter in parameters]
-        loss = F.cross_entropy(self.supernet(train[0], self.alphas().detach()), train[1])
+        loss = F.cross_entropy(self.supernet(train[0], self.mixture(ARCHITECTURE).detach()), train[1])
         direction = self._sgd_direction(torch.autograd.grad(loss, parameters, allow_unused=True))
         with torch.no_grad():
             torch._foreach_add_(parameters, direction, alpha=-self.rate)
 
         buffers = [buffer.clone() for buffer in self.supernet.buffers()]
         alphas = list(self.alphas.parameters())
-        search_loss = F.cross_entropy(self.supernet(search[0], self.alphas()), search[1])
+        search_loss = F.cross_entropy(self.supernet(search[0], self.mixture(ARCHITECTURE)), search[1])
         gradients = torch.autograd.grad(search_loss, alphas + parameters, allow_unused=True)
         gradients, vector = list(gradients[: len(alphas)]), _zero_for_none(gradients[len(alphas) :], parameters)
         with torch.no_grad():
@@ -157,7 +158,7 @@ class Darts:
 
     def _alpha_gradient(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         x, y = batch
-        loss = F.cross_entropy(self.supernet(x, self.alphas()), y)
+        loss = F.cross_entropy(self.supernet(x, self.mixture(ARCHITECTURE)), y)
         return loss.detach(), torch.autograd.grad(loss, list(self.alphas.parameters()))
 
     def _sgd_direction(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -169,23 +170,41 @@ class Darts:
             directions.append(direction if buffer is None else direction + self.weights.momentum * buffer)
         return directions
 
-    def end_epoch(self, search: Iterable[Batch]) -> dict[str, float]:
+    def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
+        """Entropies and skip connections show a collapse (none of `max_skips` is in these counts). `child_accuracy` is
+        that of the derived network with the shared weights, no fine-tuning, as in Table 1 of SNAS."""
         self.supernet.eval()
+        figures: dict[str, Figure] = {}
         with torch.no_grad():
-            mixture = self.alphas()
-            entropies = [torch.special.entr(w).sum(-1).mean() for w in (mixture.normal, mixture.reduce)]
-        figures = evaluate(lambda x: self.supernet(x, mixture), search)
-        return {
-            "search_accuracy": figures["accuracy"],
-            "entropy_normal": float(entropies[0]),
-            "entropy_reduce": float(entropies[1]),
-            "entropy": float(sum(entropies) / 2),
+            mixture = self.mixture(EVALUATION)
+            entropies = [torch.special.entr(w).sum(-1) for w in (mixture.normal, mixture.reduce)]
+            figures["search_accuracy"] = evaluate(lambda x: self.supernet(x, mixture), search)["accuracy"]
+            if self.settings.partial == 1:
+                child = self.derive()
+                with batch_statistics(self.supernet):
+                    figures["child_accuracy"] = evaluate(lambda x: self.supernet(x, child), search)["accuracy"]
+        uncapped = self._derive(mixture, None)
+        return figures | {
+            "entropy_normal": float(entropies[0].mean()),
+            "entropy_reduce": float(entropies[1].mean()),
+            "entropy": float(torch.cat(entropies).mean()),
+            "edge_entropy_normal": entropies[0].tolist(),
+            "edge_entropy_reduce": entropies[1].tolist(),
+            "skips_normal": float(count_skips(uncapped.normal)),
+            "skips_reduce": float(count_skips(uncapped.reduce)),
         }
 
     def derive(self) -> Genotype:
-        mixture = self.alphas().detach()
+        return self._derive(self.alphas(), self.settings.max_skips)
+
+    def _derive(self, mixture: Mixture, max_skips: int | None) -> Genotype:
         return derive_top2(
-            self.alphas.space, mixture.normal, mixture.reduce, mixture.normal_edges, mixture.reduce_edges
+            self.alphas.space,
+            mixture.normal,
+            mixture.reduce,
+            mixture.normal_edges,
+            mixture.reduce_edges,
+            max_skips=max_skips,
         )
 
     def state_dict(self) -> dict[str, Any]:

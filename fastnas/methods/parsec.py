@@ -9,14 +9,15 @@ With K samples from it, the gradients of log p(y | X, v, pi) are importance-weig
     grad_v  = sum_k w_k grad_v log p(y_train | X_train, v, alpha_k)
     grad_pi = sum_k w_k grad_pi log p(alpha_k | pi),     w_k = p(y_search | ., alpha_k) / sum_j p(y_search | ., alpha_j)
 
-pi is a softmax of logits that start at 0 (uniform; the paper gives no start). The search is Algorithm 1; it ends with
-the mode of p(alpha | pi).
+pi is a softmax of logits that start at 0 (uniform; the paper gives no start) or at those of an earlier search on a
+smaller network or another data set (section 4.2). The search is Algorithm 1; it ends with the mode of p(alpha | pi).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,17 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnas.config import option
-from fastnas.engine.supernet import Supernet
+from fastnas.engine.checkpoint import load_checkpoint
 from fastnas.engine.training import (
     Batch,
     accuracy,
     assign_gradients,
     batch_statistics,
-    cosine,
     evaluate,
     set_learning_rate,
 )
-from fastnas.methods.base import Problem, check_betas
+from fastnas.errors import UserError
+from fastnas.methods.base import Problem, check_betas, weight_optimizer, weight_rate
 from fastnas.spaces.darts import DartsSpace
 from fastnas.spaces.genotype import Genotype, Node
 
@@ -56,6 +57,7 @@ class ParsecSettings:
         "log-likelihood of the search batch: the sum over its images is the paper's formula, the mean tempers it",
         choices=("sum", "mean"),
     )
+    warm_start: Path | None = option(None, "run folder of another PARSEC search whose pi this one starts from")
 
     def __post_init__(self) -> None:
         check_betas(self.arch_betas)
@@ -73,6 +75,19 @@ class SlotDistribution(nn.Module):
             for _ in ("normal", "reduce")
             for node in range(space.nodes)
         )
+
+    def load_run(self, run: Path) -> None:
+        """Take over pi of an earlier PARSEC search from its checkpoint.
+
+        Raises UserError when there is none, or when its cells have other nodes or candidates.
+        """
+        state = load_checkpoint(run / "checkpoint.pt", method=Parsec.name)["method"]["distribution"]
+        try:
+            self.load_state_dict(state)
+        except RuntimeError:
+            raise UserError(
+                f"the distribution of {run} is over other cells: search with the same --nodes and --space"
+            ) from None
 
     def sample(self, count: int, generator: torch.Generator) -> Choices:
         """Draw `count` architectures; the noise comes from the CPU `generator`, so every device draws the same."""
@@ -128,28 +143,20 @@ class Parsec:
     def __init__(self, settings: ParsecSettings, problem: Problem) -> None:
         weights = problem.weights
         self.settings, self.weights, self.problem = settings, weights, problem
-        self.supernet = Supernet(
-            problem.space,
-            channels=weights.channels,
-            cells=weights.cells,
-            classes=problem.classes,
-            in_channels=problem.in_channels,
-            stem=weights.stem,
-        ).to(problem.device)
-        self.distribution = SlotDistribution(problem.space).to(problem.device)
+        self.supernet = problem.supernet()
+        self.distribution = SlotDistribution(problem.space)
+        if settings.warm_start is not None:
+            self.distribution.load_run(settings.warm_start)
+        self.distribution.to(problem.device)
         self.parameters = list(self.supernet.parameters())
-        self.weight_optimizer = torch.optim.SGD(
-            self.parameters, weights.lr, weights.momentum, weight_decay=weights.weight_decay
-        )
+        self.weight_optimizer = weight_optimizer(self.supernet, weights)
         self.arch_optimizer = torch.optim.Adam(
             self.distribution.parameters(), settings.arch_lr, betas=settings.arch_betas
         )
 
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
-        set_learning_rate(
-            self.weight_optimizer, cosine(epoch, self.weights.epochs, self.weights.lr, self.weights.lr_min)
-        )
+        set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
 
     def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
         """One round of Algorithm 1."""

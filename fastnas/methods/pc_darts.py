@@ -4,7 +4,8 @@
     x_j = sum_{i<j} softmax_i(beta_ij) f(x_i)                                                               (eq. 2)
 
 S_ij selects the first C/K channels and the output's channels are shuffled with K groups, which is the paper's own
-implementation (end of section 4.1). Edges and candidates are ranked by softmax(beta) * softmax(alpha).
+implementation (end of section 4.1), or, with `random_channels`, a seeded random C/K of them at each pass (section 3.2).
+Edges and candidates are ranked by softmax(beta) * softmax(alpha).
 """
 
 from __future__ import annotations

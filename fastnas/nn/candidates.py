@@ -149,6 +149,11 @@ def _sep_conv_5(channels: int, stride: int, searching: bool) -> nn.Module:
     return SepConv(channels, 5, stride, affine=not searching)
 
 
+@register_candidate("sep_conv_7x7")
+def _sep_conv_7(channels: int, stride: int, searching: bool) -> nn.Module:
+    return SepConv(channels, 7, stride, affine=not searching)
+
+
 @register_candidate("dil_conv_3x3")
 def _dil_conv_3(channels: int, stride: int, searching: bool) -> nn.Module:
     return DilConv(channels, 3, stride, affine=not searching)

@@ -31,8 +31,15 @@ class MixedOp(nn.Module):
             build_candidate(name, self.selected, stride, searching=True) for name in candidates
         )
 
-    def forward(self, x: Tensor, weights: Tensor, channels: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], weights [O], channels int64 [C/K] or None -> [B, C, ceil(H/s), ceil(W/s)]."""
+    def forward(
+        self, x: Tensor, weights: Tensor, channels: Tensor | None = None, active: Sequence[int] | None = None
+    ) -> Tensor:
+        """x [B, C, H, W], weights [O], channels int64 [C/K] or None -> [B, C, ceil(H/s), ceil(W/s)].
+
+        `active`: the candidates that are run, the others counting as weight 0; needs k = 1. None runs all.
+        """
+        if active is not None:
+            return mixed_sum([self.candidates[index](x) for index in active], weights[list(active)])
         if self.k == 1:
             return mixed_sum([candidate(x) for candidate in self.candidates], weights)
         if channels is None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastnas.errors import UserError
@@ -65,6 +68,39 @@ class DartsSpace:
     @property
     def candidates_without_none(self) -> tuple[str, ...]:
         return tuple(name for name in self.candidates if name != "none")
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """Number of choices at each place of an architecture string: see `decode`."""
+        pairs_and_operations = [
+            size
+            for node in range(self.nodes)
+            for size in (math.comb(2 + node, 2), len(self.candidates_without_none), len(self.candidates_without_none))
+        ]
+        return tuple(2 * pairs_and_operations)
+
+    def decode(self, string: Sequence[int], *, rule: str = "") -> Genotype:
+        """The genotype of an architecture string, one number below `choices` a place.
+
+        A node has three places: which two of its possible inputs (in the order of itertools.combinations), and a
+        candidate but `none` on each. The nodes of the normal cell come first, then those of the reduction cell.
+        """
+        names = self.candidates_without_none
+        nodes: list[Node] = []
+        for place in range(0, len(string), 3):
+            pair, first, second = string[place : place + 3]
+            inputs = list(itertools.combinations(range(2 + len(nodes) % self.nodes), 2))[pair]
+            nodes.append(((names[first], inputs[0]), (names[second], inputs[1])))
+        return Genotype(tuple(nodes[: self.nodes]), tuple(nodes[self.nodes :]), self.concat, self.concat, rule=rule)
+
+    def free_edges(self, normal: Sequence[int], reduce: Sequence[int], *, rule: str = "") -> Genotype:
+        """The genotype in which every edge has the candidate of this index; `none` drops it. [E] numbers a cell."""
+
+        def cell(chosen: Sequence[int]) -> tuple[Node, ...]:
+            pairs = [(self.candidates[index], source) for index, source in zip(chosen, self.sources, strict=True)]
+            return tuple(tuple(pairs[self.edge_slice(node)]) for node in range(self.nodes))
+
+        return Genotype(cell(normal), cell(reduce), self.concat, self.concat, rule=rule)
 
     def random_genotype(self, rng: random.Random) -> Genotype:
         """Draw uniformly: two distinct inputs a node, any candidate but `none` on each."""

@@ -11,6 +11,8 @@ from fastnas.spaces.genotype import Genotype, Node
 
 TOP2 = "top2"
 TOP2_EDGE_NORMALISED = "top2-edge-normalised"
+ALL_EDGES = "all-edges"
+SKIP = "skip_connect"
 
 
 def derive_top2(
@@ -19,6 +21,8 @@ def derive_top2(
     reduce: Tensor,
     normal_edges: Tensor | None = None,
     reduce_edges: Tensor | None = None,
+    *,
+    max_skips: int | None = None,
 ) -> Genotype:
     """The rule of DARTS (section 2.4) and, with edge weights, of PC-DARTS (section 3.3).
 
@@ -26,16 +30,50 @@ def derive_top2(
     each node, [E]. A node keeps the two edges with the largest max_o weight, `none` left out, and on each of them
     the candidate with the largest weight, `none` left out. Edge weights multiply the candidate weights first.
     Equal weights go to the earlier edge and the earlier candidate.
+
+    `max_skips`: while the normal cell has more skip connections than that, the weight of the weakest of them is set to
+    0 and the cell is derived again (as in P-DARTS, Chen et al. 2019, section 3.3).
     """
 
-    def cell(weights: Tensor, edges: Tensor | None) -> tuple[Node, ...]:
-        weights = weights.detach().double().cpu()
-        if edges is not None:
-            weights = weights * edges.detach().double().cpu()[:, None]
+    def cell(weights: Tensor) -> tuple[Node, ...]:
         return tuple(_best_two(space, weights[space.edge_slice(node)].tolist()) for node in range(space.nodes))
 
     rule = TOP2 if normal_edges is None else TOP2_EDGE_NORMALISED
-    return Genotype(cell(normal, normal_edges), cell(reduce, reduce_edges), space.concat, space.concat, rule=rule)
+    weights = _edge_weighted(normal, normal_edges)
+    nodes = cell(weights)
+    if max_skips is not None:
+        rule += f", at most {max_skips} skips"
+        while count_skips(nodes) > max_skips and space.candidates_without_none != (SKIP,):
+            kept = [
+                space.edge_slice(node).start + source
+                for node, pairs in enumerate(nodes)
+                for name, source in pairs
+                if name == SKIP
+            ]
+            skip = space.candidates.index(SKIP)
+            weights[min(kept, key=lambda edge: float(weights[edge, skip])), skip] = 0.0
+            nodes = cell(weights)
+    return Genotype(nodes, cell(_edge_weighted(reduce, reduce_edges)), space.concat, space.concat, rule=rule)
+
+
+def count_skips(nodes: Sequence[Node]) -> int:
+    """Skip connections of a cell: many of them in a normal cell are the sign of a collapsed search."""
+    return sum(name == SKIP for node in nodes for name, _ in node)
+
+
+def _edge_weighted(weights: Tensor, edges: Tensor | None) -> Tensor:
+    weights = weights.detach().double().cpu().clone()
+    return weights if edges is None else weights * edges.detach().double().cpu()[:, None]
+
+
+def derive_all_edges(space: DartsSpace, normal: Tensor, reduce: Tensor) -> Genotype:
+    """The rule of SNAS (section 3.1): on every edge the candidate with the largest weight, and that may be `none`.
+
+    `normal`, `reduce`: [E, O]. Edges with `none` stay in the genotype and are not built.
+    """
+
+    best = [weights.detach().double().cpu().argmax(-1).tolist() for weights in (normal, reduce)]
+    return space.free_edges(*best, rule=ALL_EDGES)
 
 
 def _best_two(space: DartsSpace, weights: Sequence[Sequence[float]]) -> Node:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class Genotype:
 
     `normal`, `reduce`: for each node its (candidate name, input state) pairs. States 0 and 1 are the outputs of the
     cell before the previous one and of the previous cell; state 2+i is node i. `*_concat`: the states whose
-    concatenation is the cell's output. `rule`: the derivation rule that chose it (fastnas.spaces.derive).
+    concatenation is the cell's output. `rule`: the derivation rule that chose it (fastnas.spaces.derive). An edge
+    with the candidate `none` is dropped: see `live_edges`.
 
     Raises UserError for an unknown candidate, an input that is not an earlier state, or an empty cell.
     """
@@ -131,6 +133,14 @@ class Genotype:
             fields[f"{cell}_concat"] = _states(fields[f"{cell}_concat"], f"{cell}_concat")
             fields[cell] = _group_by_node(_pairs(fields[cell], cell), fields[f"{cell}_concat"], cell)
         return cls(**fields, rule=rule)
+
+
+def live_edges(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """The edges of a cell that carry something: neither `none` themselves, nor from a node that none reaches."""
+    live: list[Node] = []
+    for node in nodes:
+        live.append(tuple(pair for pair in node if pair[0] != "none" and (pair[1] < 2 or live[pair[1] - 2])))
+    return tuple(live)
 
 
 def load_genotype(source: str | Path) -> Genotype:

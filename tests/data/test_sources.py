@@ -55,6 +55,19 @@ def test_search_fraction() -> None:
         nothing.search.batches(4)
 
 
+def test_train_fraction_takes_a_stratified_share_of_the_training_set() -> None:
+    data = load("digits", search_fraction=0.025, train_fraction=0.1)
+    assert (data.train_size, data.search_size) == (144, 36)
+    assert not set(data.train.rows.tolist()) & set(data.search.rows.tolist())
+    counts = torch.bincount(data.train.labels)
+    assert counts.min() >= 13 and counts.max() <= 16
+    assert torch.equal(data.search.rows, load("digits", search_fraction=0.025).search.rows)
+    assert torch.equal(data.train.rows, load("digits", search_fraction=0.025, train_fraction=0.1).train.rows)
+    assert load("digits", search_fraction=0.2, train_fraction=0.8).train_size == 1438 - 288
+    with pytest.raises(UserError, match="it must be above 0 and at most 0.5"):
+        load("digits", train_fraction=0.6)
+
+
 def test_normalisation_comes_from_the_training_set(digits: Data) -> None:
     x = torch.cat([x for x, _ in digits.train_and_search.batches(512)])
     assert abs(x.mean().item()) < 1e-5 and abs(x.std().item() - 1) < 1e-3

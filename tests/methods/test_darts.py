@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from fastnas.engine.mixture import Mixture
+from fastnas.engine.training import batch_statistics, cosine
 from fastnas.errors import UserError
 from fastnas.methods import Darts
 from fastnas.methods import darts as module
@@ -212,3 +214,52 @@ def test_end_epoch_measures_and_derives(problem, batches):
 def test_adam_needs_two_decay_rates_below_one(betas):
     with pytest.raises(UserError, match="arch-betas must be two numbers"):
         module.DartsSettings(arch_betas=betas)
+
+
+def collapse(method):
+    """Skips win on every edge of both cells."""
+    with torch.no_grad():
+        for alpha in method.alphas.parameters():
+            alpha.zero_()
+            alpha[:, 2] = torch.arange(3.0, 8.0)
+
+
+def test_skips_and_entropies_show_a_collapse_whatever_the_cap(problem, batches):
+    for cap in (None, 1):
+        method = build(problem, max_skips=cap)
+        collapse(method)
+        figures = method.end_epoch([batches[1]])
+        assert (figures["skips_normal"], figures["skips_reduce"]) == (4, 4)
+        expected = torch.distributions.Categorical(logits=method.alphas.alpha_normal.detach()).entropy()
+        assert figures["edge_entropy_normal"] == pytest.approx(expected.tolist())
+        assert figures["entropy_normal"] == pytest.approx(float(expected.mean()))
+
+
+@pytest.mark.parametrize("cap", [0, 1, 2, 3])
+def test_the_cap_keeps_the_strongest_skips_of_the_normal_cell(problem, cap):
+    method = build(problem, max_skips=cap)
+    collapse(method)
+    genotype = method.derive()
+    skips = [(node, source) for node, pairs in enumerate(genotype.normal) for name, source in pairs if "skip" in name]
+    strongest_first = [(1, 2), (1, 1), (0, 1)]  # alpha grows along the edges
+    assert set(skips) == set(strongest_first[:cap])
+    assert genotype.rule == f"top2, at most {cap} skips"
+    assert sum("skip" in name for pairs in genotype.reduce for name, _ in pairs) == 4
+
+
+def test_child_accuracy_is_that_of_the_derived_path(problem, batches):
+    method = build(problem)
+    figures = method.end_epoch([batches[0], batches[1]])
+    with torch.no_grad(), batch_statistics(method.supernet):
+        right = [method.supernet(x, method.derive()).argmax(-1) == y for x, y in batches]
+    assert figures["child_accuracy"] == pytest.approx(float(torch.cat(right).float().mean()))
+
+
+def test_the_learning_rate_can_warm_up(problem):
+    weights = dataclasses.replace(problem.weights, lr_warmup_epochs=4)
+    method = Darts(module.DartsSettings(), dataclasses.replace(problem, weights=weights))
+    rates = []
+    for epoch in range(6):
+        method.start_epoch(epoch)
+        rates.append(method.weight_optimizer.param_groups[0]["lr"] / cosine(epoch, 10, 0.1, 0.0))
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])

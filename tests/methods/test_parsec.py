@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from fastnas.engine.training import batch_statistics
 from fastnas.methods import Parsec
 from fastnas.methods.parsec import ParsecSettings, SlotDistribution, importance_weights
+from fastnas.spaces import DartsSpace
 
 
 def build(problem, **settings):
@@ -27,8 +28,6 @@ def test_slots_are_categoricals_over_input_and_candidate_pairs(problem):
 
 
 def test_size_of_the_papers_space():
-    from fastnas.spaces import DartsSpace
-
     distribution = SlotDistribution(DartsSpace())
     assert [logits.shape[1] for logits in distribution.logits[:4]] == [14, 21, 28, 35]  # 7 (n + 1)
 
@@ -161,3 +160,35 @@ def test_memory_is_that_of_one_child(problem, batches):
     with hooks:
         method._weight_step(children, [0.25] * 4, batches[0])
     assert peak <= 1.05 * max(alone)
+
+
+def test_gradient_of_pi_against_enumeration():
+    """grad_pi log p(y | pi) of a space of 4^4 = 256 architectures: exact by summing over all of them (eq. 3, 7), and by
+    samples and importance weights (eq. 6, 8)."""
+    space = DartsSpace(nodes=1, candidates=("skip_connect", "avg_pool_3x3"))
+    distribution = SlotDistribution(space).double()
+    with torch.no_grad():
+        for logits in distribution.logits:
+            logits.copy_(torch.randn(logits.shape, dtype=torch.double))
+    table = torch.randn(4, 4, 4, 4, dtype=torch.double)  # log p(y | alpha): anything will do
+
+    def log_likelihood(choices):
+        (a, b), (c, d) = (chosen.T for chosen in choices)
+        return table[a, b, c, d]
+
+    everything = torch.cartesian_prod(*[torch.arange(4)] * 4)
+    choices = [everything[:, :2], everything[:, 2:]]
+    evidence = (log_likelihood(choices) + distribution.log_prob(choices)).logsumexp(0)
+    exact = torch.autograd.grad(evidence, list(distribution.parameters()))
+
+    rounds, samples = 20, 20_000
+    estimates = []
+    for index in range(rounds):
+        choices = distribution.sample(samples, torch.Generator().manual_seed(index))
+        weights = importance_weights(log_likelihood(choices))
+        estimates.append(torch.autograd.grad(weights @ distribution.log_prob(choices), list(distribution.parameters())))
+    for expected, *found in zip(exact, *estimates, strict=True):
+        found = torch.stack(found)
+        error = found.std(0) / rounds**0.5
+        assert ((found.mean(0) - expected).abs() < 4.5 * error + 1e-4).all()
+        assert error.max() < 0.01 < expected.abs().max()

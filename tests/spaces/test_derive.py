@@ -1,7 +1,7 @@
 import torch
 
 from fastnas.spaces import DartsSpace
-from fastnas.spaces.derive import derive_top2
+from fastnas.spaces.derive import derive_all_edges, derive_top2
 
 SPACE = DartsSpace(nodes=2, candidates=("none", "skip_connect", "sep_conv_3x3"))
 
@@ -30,3 +30,15 @@ def test_edge_weights_change_which_edges_stay_but_not_their_candidates():
 def test_ties_go_to_the_earlier_edge_and_candidate():
     genotype = derive_top2(SPACE, torch.full((5, 3), 1 / 3), torch.full((5, 3), 1 / 3))
     assert genotype.normal[1] == (("skip_connect", 0), ("skip_connect", 1))
+
+
+def test_all_edges_keeps_every_edge_and_none():
+    space = DartsSpace(nodes=2)
+    weights = torch.zeros(5, 8)
+    weights[1, 0] = weights[2, 4] = weights[4, 3] = 1.0
+    genotype = derive_all_edges(space, weights, weights)
+    assert genotype.normal == (
+        (("none", 0), ("none", 1)),
+        (("sep_conv_3x3", 0), ("none", 1), ("skip_connect", 2)),
+    )
+    assert genotype.rule == "all-edges"

@@ -118,6 +118,6 @@ def test_partial_join_is_the_weighted_sum_of_partial_shuffles():
         beta * partial_shuffle([part], one, x[:, 2:]) for beta, part, x in zip(betas, mixed, xs, strict=True)
     )
     out = torch.empty(2, 6, 6, 8, dtype=torch.double)
-    total = sum(beta * part for beta, part in zip(betas, mixed, strict=True)).permute(0, 2, 3, 1)
+    total = sum(beta * part for beta, part in zip(betas, mixed, strict=True)).permute(0, 2, 3, 1).contiguous()
     partial_join.partial_join(out, total, [x.permute(0, 2, 3, 1).contiguous() for x in xs], [1, 1], betas, 4)
     torch.testing.assert_close(out.permute(0, 3, 1, 2), expected)

@@ -1,0 +1,176 @@
+"""SNAS (Xie et al. 2019): one loss for weights and architecture, through samples of a relaxed categorical.
+
+The architecture is a one-hot Z_ij on each edge, x_j = sum_{i<j} Z_ij^T O_ij(x_i) (eq. 2), drawn from a factorised
+p(Z) with parameters alpha. Both are trained for the expected loss and cost of the samples (eq. 4, 9):
+
+    min_{theta, alpha} E_{Z ~ p_alpha}[L_theta(Z) + eta C(Z)]
+
+Z is relaxed to the concrete distribution, with Gumbel noise G and a temperature lambda that goes down (eq. 5):
+
+    Z_ij^k = exp((log alpha_ij^k + G_ij^k) / lambda) / sum_l exp((log alpha_ij^l + G_ij^l) / lambda)
+
+so that one backward pass gives both gradients (eq. 6); the one for alpha, the search gradient, is
+
+    dL/dalpha_ij^k = dL/dx_j O_ij^T(x_i) (delta(k' - k) - Z_ij) Z_ij^k / (lambda alpha_ij^k)
+
+Its mean is a policy gradient whose credit for edge (i, j) is local, -dL/dx_j O~_ij(x_i) (eq. 7, 8). The cost is linear
+in Z (eq. 10). The network that is left at the end has the most probable candidate on every edge; `none` drops an edge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnas.config import option
+from fastnas.engine.cost import NetworkCost
+from fastnas.engine.mixture import Alphas, Mixture
+from fastnas.engine.training import (
+    Batch,
+    accuracy,
+    assign_gradients,
+    batch_statistics,
+    evaluate,
+    set_learning_rate,
+)
+from fastnas.methods.base import Figure, Problem, check_betas, weight_optimizer, weight_rate
+from fastnas.ops import gumbel_softmax
+from fastnas.spaces.derive import derive_all_edges
+from fastnas.spaces.genotype import Genotype
+
+RESOURCE_WEIGHTS = {"none": 0.0, "mild": 0.1, "moderate": 0.3, "aggressive": 1.0}  # eta; the paper gives no values
+STEP, EVALUATION = 1, 2  # streams of noise
+
+
+@dataclass(frozen=True)
+class SnasSettings:
+    """The defaults are the paper's (section 3.1, appendix G.1), the temperatures those of its released code."""
+
+    arch_lr: float = option(3e-4, "learning rate of Adam for the architecture parameters", above=0)
+    arch_betas: tuple[float, ...] = option((0.5, 0.999), "the two decay rates of that Adam", minimum=0, maximum=1)
+    arch_weight_decay: float = option(1e-3, "L2 penalty of the architecture parameters", minimum=0)
+    temperature: float = option(1.0, "temperature of the samples in the first epoch", above=0)
+    temperature_end: float = option(0.03, "temperature that the linear schedule ends at", above=0)
+    resource: str = option("mild", "how much parameters, FLOPs and memory cost", choices=tuple(RESOURCE_WEIGHTS))
+
+    def __post_init__(self) -> None:
+        check_betas(self.arch_betas)
+
+
+class Snas:
+    """See the module's docstring. The search half of the data is for measuring only."""
+
+    name: ClassVar[str] = "snas"
+    Settings: ClassVar[type] = SnasSettings
+
+    def __init__(self, settings: SnasSettings, problem: Problem) -> None:
+        weights, space = problem.weights, problem.space
+        self.settings, self.weights, self.problem = settings, weights, problem
+        self.supernet = problem.supernet()
+        self.log_alphas = Alphas(space, generator=problem.generator(0)).to(problem.device)
+        self.parameters = list(self.supernet.parameters())
+        self.weight_optimizer = weight_optimizer(self.supernet, weights)
+        self.arch_optimizer = torch.optim.Adam(
+            self.log_alphas.parameters(),
+            settings.arch_lr,
+            betas=settings.arch_betas,
+            weight_decay=settings.arch_weight_decay,
+        )
+        self.resource_weight = RESOURCE_WEIGHTS[settings.resource]
+        self.costs = tuple(table.float().to(problem.device) for table in relative_costs(problem))
+
+    def start_epoch(self, epoch: int) -> None:
+        self.supernet.train()
+        self.epoch = epoch
+        set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
+        start, end = self.settings.temperature, self.settings.temperature_end
+        self.temperature = start + (end - start) * epoch / max(1, self.weights.epochs - 1)
+
+    def sample(self, *stream: int) -> Mixture:
+        """Z of equation 5 for both cell types; one sample is shared by all cells of a type and all images."""
+        normal, reduce = self.log_alphas.alpha_normal, self.log_alphas.alpha_reduce
+        return Mixture(
+            gumbel_softmax(normal, self.temperature, seed=self.problem.seed_of(*stream, 0)),
+            gumbel_softmax(reduce, self.temperature, seed=self.problem.seed_of(*stream, 1)),
+        )
+
+    def cost(self, z: Mixture) -> Tensor:
+        """C(Z) of equation 10; 1 for a Z that is uniform over the candidates."""
+        normal, reduce = self.costs
+        return (normal * z.normal).sum() + (reduce * z.reduce).sum()
+
+    def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
+        """One sample, one pass, one update of theta and of alpha from the same loss."""
+        x, y = train
+        z = self.sample(STEP, index)
+        logits = self.supernet(x, z)
+        loss, cost = F.cross_entropy(logits, y), self.cost(z)
+        alphas = list(self.log_alphas.parameters())
+        gradients = torch.autograd.grad(loss + self.resource_weight * cost, alphas + self.parameters, allow_unused=True)
+        assign_gradients(alphas + self.parameters, gradients)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.weights.grad_clip)
+        self.weight_optimizer.step()
+        self.arch_optimizer.step()
+        return {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y), "cost": cost.detach()}
+
+    def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
+        """`search_accuracy` of samples and `child_accuracy` of the derived network with the shared weights, no
+        fine-tuning (the paper's Table 1), and the entropy of each edge (its Figure 4)."""
+        self.supernet.eval()
+        child = self.derive()
+        z = self.sample(EVALUATION, self.epoch).detach()
+        with batch_statistics(self.supernet), torch.no_grad():
+            sampled = evaluate(lambda x: self.supernet(x, z), search)
+            derived = evaluate(lambda x: self.supernet(x, child), search)
+            probabilities = self.log_alphas()
+            normal, reduce = (torch.special.entr(p).sum(-1) for p in (probabilities.normal, probabilities.reduce))
+        return {
+            "search_accuracy": sampled["accuracy"],
+            "child_accuracy": derived["accuracy"],
+            "temperature": self.temperature,
+            "entropy": float(torch.cat([normal, reduce]).mean()),
+            "edge_entropy_normal": normal.tolist(),
+            "edge_entropy_reduce": reduce.tolist(),
+        }
+
+    def derive(self) -> Genotype:
+        return derive_all_edges(self.problem.space, self.log_alphas.alpha_normal, self.log_alphas.alpha_reduce)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "supernet": self.supernet.state_dict(),
+            "log_alphas": self.log_alphas.state_dict(),
+            "weight_optimizer": self.weight_optimizer.state_dict(),
+            "arch_optimizer": self.arch_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.supernet.load_state_dict(state["supernet"])
+        self.log_alphas.load_state_dict(state["log_alphas"])
+        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+
+
+def relative_costs(problem: Problem) -> tuple[Tensor, Tensor]:
+    """C(O_ij) of the normal and the reduction cells, float64 [E, O] each: the mean of parameters, FLOPs and memory
+    access (appendix F needs all three to tell the kinds of operations apart), each relative to its value for a Z
+    that is uniform over the candidates."""
+    weights = problem.weights
+    costs = NetworkCost(
+        problem.space,
+        channels=weights.channels,
+        cells=weights.cells,
+        image_size=problem.image_size,
+        classes=problem.classes,
+        in_channels=problem.in_channels,
+        stem=weights.stem,
+    )
+    kept = torch.tensor([0, 2, 3])  # parameters, FLOPs, memory access
+    normal, reduce = costs.normal[kept], costs.reduce[kept]
+    uniform = (normal.mean(-1).sum(-1) + reduce.mean(-1).sum(-1)).clamp_min(1.0)[:, None, None]
+    return (normal / uniform).mean(0), (reduce / uniform).mean(0)
