@@ -22,7 +22,7 @@ class WeightSettings:
     """How the network is built and its weights are trained; the defaults are those of DARTS on CIFAR-10."""
 
     epochs: int = option(50, "passes over the training half of the data", minimum=1)
-    batch_size: int = option(64, "images a step", minimum=2)
+    batch_size: int = option(64, "images a step; auto: the largest batch that fits", minimum=2)
     channels: int = option(16, "channels of the first cells' nodes; doubled at each reduction cell", minimum=2)
     cells: int = option(8, "cells of the network that searches; with fewer than 3 there is no normal cell", minimum=3)
     nodes: int = option(4, "intermediate nodes of a cell", minimum=2, maximum=16)

@@ -1,4 +1,4 @@
-"""Peak extra memory of a call: the most bytes that were allocated at once, above what was allocated before it."""
+"""Memory as the device's allocator counts it: independent of the tracker, and aware of scratch space in kernels."""
 
 from __future__ import annotations
 
