@@ -90,6 +90,8 @@ def method_steps(
         others = set().union(*(own[other] for other in METHODS)) - own[name]
         mine = {key: value for key, value in flags.items() if key not in others}
         plan = resolve({"method": name, "data": "cifar10", **mine})
+        if plan.auto_batch:
+            raise UserError("the profiler needs a number of images: give --fit SIZE to find the largest batch")
         subjects.append(search_step(plan, classes, image, device, dtype=dtype, steps=steps))
     return subjects
 

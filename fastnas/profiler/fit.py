@@ -19,28 +19,21 @@ def largest_batch(
     is where the line through the nearest two sizes meets the limit, and the answer is exact.
     """
     known: dict[int, int] = {}
-
-    def fits(batch: int) -> bool:
-        known[batch] = peak(batch)
-        return known[batch] <= limit
-
-    if not fits(minimum):
-        return None
-    low, high = minimum, maximum + 1  # low fits; high does not, or is not allowed
-    guess = min(max(start, low + 1), maximum)
+    low, high = minimum - 1, maximum + 1  # what is at most low fits, what is at least high does not
+    guess = start
     while high - low > 1:
-        if fits(guess):
-            low = guess
-        else:
-            high = guess
-        guess = min(max(_where_line_meets(known, limit), low + 1), high - 1)
-    return low
+        guess = min(max(guess, low + 1), high - 1)
+        known[guess] = peak(guess)
+        low, high = (guess, high) if known[guess] <= limit else (low, guess)
+        guess = _where_line_meets(known, limit)
+    return low if low >= minimum else None
 
 
 def _where_line_meets(known: dict[int, int], limit: int) -> int:
-    first, second = sorted(sorted(known, key=lambda batch: abs(known[batch] - limit))[:2])
-    slope = (known[second] - known[first]) / (second - first)
-    return second if slope <= 0 else int(first + (limit - known[first]) / slope)
+    nearest = sorted(known, key=lambda batch: abs(known[batch] - limit))[:2]
+    first, second = sorted(nearest) if len(nearest) == 2 else (0, nearest[0])
+    slope = (known[second] - known.get(first, 0)) / (second - first)
+    return second if slope <= 0 else int(first + (limit - known.get(first, 0)) / slope)
 
 
 def free_memory(device: torch.device | str) -> int | None:
