@@ -157,6 +157,8 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
     memory = SearchMemory(search_step(plan, data.num_classes, image, device), plan.weights)
     if plan.auto_batch:
         plan = _with_fitting_batch(plan, memory, len(data.train))
+        if not quiet:
+            print(f"batch size  {plan.weights.batch_size}", file=sys.stderr)
         memory = SearchMemory(search_step(plan, data.num_classes, image, device), plan.weights)
     memory.warn()
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-SMALLEST_BATCH = 2  # batch normalisation over one image of one pixel has no variance
+SMALLEST_BATCH = 2  # what batch normalisation of one pixel a channel needs
 
 
 def largest_batch(

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastnas.profiler.tracker import CATEGORIES, SAVED, Block, Event, Pass, Tracker
+from fastnas.profiler.tracker import CATEGORIES, SAVED, Event, Pass, Tracker
 
-TIMELINE_BINS = 400
+TIMELINE_BINS = 240
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,3 @@ def _by_candidate(by_module: Counter[str], candidates: Sequence[str]) -> dict[st
     numbered = _group(by_module, r"candidates\.(\d+)", "{}")
     names = dict(enumerate(candidates))
     return {names.get(int(number), f"candidate {number}"): size for number, size in numbered.items()}
-
-
-__all__ = ["Block", "Footprint", "Sample", "Saved", "summarise"]

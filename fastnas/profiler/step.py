@@ -122,18 +122,25 @@ def _allocator_peak(method: Trains, batches: Sequence[Batch], steps: Callable[[]
         optimizer.zero_grad(set_to_none=True)  # the CPU's profiler knows only releases of what it saw allocated
     tensors = [tensor for tensor, _ in _owned(method)] + [tensor for batch in batches for tensor in batch]
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    rounding = _granularity(device)
+    held = sum(-(-size // rounding) * rounding for size in storages.values())
 
     def twice() -> None:
         steps()
         steps()
 
-    return sum(storages.values()) + peak_bytes(twice, device)
+    return held + peak_bytes(twice, device)
 
 
 def _tracker(method: Trains, device: torch.device | str) -> Tracker:
     _prime(method)
     modules = {part: name for module in _modules(method) for name, part in module.named_modules()}
-    return Tracker(modules, CUDA_GRANULARITY if torch.device(device).type == "cuda" else 1)
+    return Tracker(modules, _granularity(device))
+
+
+def _granularity(device: torch.device | str) -> int:
+    """Bytes that an allocation is a multiple of."""
+    return CUDA_GRANULARITY if torch.device(device).type == "cuda" else 1
 
 
 def _run(method: Trains, tracker: Tracker, batches: Sequence[Batch], steps: int) -> None:

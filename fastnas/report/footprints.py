@@ -25,6 +25,7 @@ _PAD, _LEFT, _RIGHT, _WIDTH = 28, 190, 110, 620  # of the picture, of the names,
 _ROW, _BAR = 58, 30
 _HEIGHT, _BAND, _PANEL_GAP = 170, 22, 74  # of a timeline, of its phases, and between two timelines
 _LEGEND_ROW, _TITLE = 24, 62
+_VISIBLE = 0.3  # px: thinner layers are left out
 
 
 def draw_bars(footprints: Sequence[Footprint], *, title: str = "Peak memory of a search step", limit: int = 0) -> str:
@@ -110,7 +111,7 @@ def _legend(footprints: Sequence[Footprint]) -> tuple[str, float]:
     seen = [
         category
         for category in CATEGORIES
-        if any(footprint.at_peak[category] > largest / _WIDTH / 2 for footprint in footprints)
+        if any(footprint.at_peak[category] > largest / _WIDTH * _VISIBLE for footprint in footprints)
     ]
     parts, x, y = [], float(_PAD), float(_TITLE + 12)
     for category in seen:
@@ -164,7 +165,7 @@ def _timeline(footprint: Footprint, top: float, scale: _Scale) -> str:
     floor = [0] * len(samples)
     for index, category in enumerate(CATEGORIES):
         ceiling = [low + sample.bytes[index] for low, sample in zip(floor, samples, strict=True)]
-        if ceiling != floor:
+        if any(scale.height(high - low) > _VISIBLE for high, low in zip(ceiling, floor, strict=True)):
             upper = [f"{x:.1f} {base - scale.height(size):.1f}" for x, size in zip(places, ceiling, strict=True)]
             lower = [f"{x:.1f} {base - scale.height(size):.1f}" for x, size in zip(places, floor, strict=True)]
             path = "L".join(upper + lower[::-1])
