@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 import fastnas
 from bench.report import machine_line
+from fastnas import profile
 from fastnas.engine.mixture import Alphas
 from fastnas.engine.supernet import Supernet
 from fastnas.engine.training import Batch
 from fastnas.methods import METHODS
-from fastnas.profile import method_steps
 from fastnas.profiler.footprint import Footprint
 from fastnas.profiler.step import Inputs, predict
 from fastnas.runs import versions
@@ -100,7 +100,7 @@ def steps() -> Iterator[dict[str, Any]]:
 def step(
     method: str, flags: dict[str, Any], image: tuple[int, int, int] = CIFAR, *, classes: int = 10
 ) -> dict[str, Any]:
-    (subject,) = method_steps(flags, methods=[method], image=image, classes=classes)
+    (subject,) = profile.method_steps(flags, methods=[method], image=image, classes=classes)
     started = time.process_time()
     footprint = subject.predict()
     return {
@@ -129,7 +129,7 @@ def measurements() -> Iterator[dict[str, Any]]:
 
 
 def measure(method: str, flags: dict[str, Any]) -> dict[str, Any]:
-    (subject,) = method_steps(flags, methods=[method], image=CIFAR)
+    (subject,) = profile.method_steps(flags, methods=[method], image=CIFAR)
     predicted, measured = subject.predict(), subject.measure()
     return {
         "predicted_peak": predicted.peak,
@@ -147,13 +147,13 @@ def resident_growth(method: Any, predicted: Footprint) -> int:
     batches = [(torch.randn(predicted.batch_size, *CIFAR), torch.zeros(predicted.batch_size).long()) for _ in "ab"]
     held = ("parameters", "architecture parameters", "buffers", "input batch")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
+    before = status("VmRSS")
     method.step(0, *batches)
     method.step(0, *batches)
-    return _status("VmHWM") - before + sum(predicted.at_peak[category] for category in held)
+    return status("VmHWM") - before + sum(predicted.at_peak[category] for category in held)
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
@@ -166,7 +166,7 @@ def fits() -> Iterator[dict[str, Any]]:
 
 
 def fit(method: str, flags: dict[str, Any], limit: int = 2**30) -> dict[str, Any]:
-    (subject,) = method_steps(flags, methods=[method], image=CIFAR)
+    (subject,) = profile.method_steps(flags, methods=[method], image=CIFAR)
     batch = subject.largest_batch(limit)
     larger = -(-11 * batch // 10)
     return {
@@ -186,8 +186,8 @@ def commands() -> Iterator[dict[str, Any]]:
     ):
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         started = time.perf_counter()
-        memory = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024"
-        program = f"import resource; from fastnas.profile import main; main({arguments!r}); print({memory})"
+        # Not ru_maxrss, which a process inherits from its parent.
+        program = f"import bench.footprints as b; b.profile.main({arguments!r}); print(b.status('VmHWM'))"
         out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
         yield {
             "command": name,
