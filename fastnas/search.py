@@ -131,8 +131,7 @@ def search_step(
         method.start_epoch(plan.weights.epochs - 1)
         return method
 
-    candidates = DartsSpace(nodes=plan.weights.nodes).candidates
-    return Subject(plan.search.method, build, Inputs(image, plan.weights.batch_size, dtype, steps), device, candidates)
+    return Subject(plan.search.method, build, Inputs(image, plan.weights.batch_size, dtype, steps), device)
 
 
 def _with_fitting_batch(plan: Plan, memory: SearchMemory, images: int) -> Plan:

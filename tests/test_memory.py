@@ -15,12 +15,21 @@ from fastnas import memory, search
 from fastnas.config import read_toml
 from fastnas.engine.training import Batch
 from fastnas.errors import UserError
-from fastnas.methods import Darts, WeightSettings
+from fastnas.methods import RandomSearch, WeightSettings
 from fastnas.profiler.step import Inputs
 from fastnas.profiler.subject import Subject
 from fastnas.search import resolve, run_search
 
-SETTINGS = {"method": "darts", "epochs": 1, "channels": 4, "cells": 3, "nodes": 2, "device": "cpu", "threads": 1}
+SETTINGS = {
+    "method": "random",
+    "samples": 1,
+    "epochs": 1,
+    "channels": 4,
+    "cells": 3,
+    "nodes": 2,
+    "device": "cpu",
+    "threads": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +45,14 @@ def free(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:
 
 def break_steps(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Steps on real batches raise `error`; those of a prediction go on."""
-    original = Darts.step
+    original = RandomSearch.step
 
-    def step(self: Darts, index: int, train: Batch, search: Batch) -> dict[str, torch.Tensor]:
+    def step(self: RandomSearch, index: int, train: Batch, search: Batch) -> dict[str, torch.Tensor]:
         if not isinstance(train[0], FakeTensor):
             raise error
         return original(self, index, train, search)
 
-    monkeypatch.setattr(Darts, "step", step)
+    monkeypatch.setattr(RandomSearch, "step", step)
 
 
 def plan(images: str, batch_size: int | str) -> Any:
@@ -63,7 +72,7 @@ def test_it_warns_before_it_starts_and_names_the_batch_that_fits(
     limit = peak(20)
     free(monkeypatch, limit)
     break_steps(monkeypatch, KeyboardInterrupt())
-    warns = pytest.warns(UserWarning, match="darts needs .* by prediction with a batch of 40, and")
+    warns = pytest.warns(UserWarning, match="random needs .* by prediction with a batch of 40, and")
     with pytest.raises(KeyboardInterrupt), warns as caught:
         run_search(plan(images, 40), tmp_path / "run", quiet=True)
     named = int(str(caught[0].message).partition("--batch-size ")[2].partition(" ")[0])
@@ -120,7 +129,7 @@ def test_out_of_memory_names_the_method_the_peak_and_the_batch_that_fits(
 ) -> None:
     free(monkeypatch, 2 * peak(20))
     break_steps(monkeypatch, error)
-    sentence = r"out of memory: darts needs [\d.]+ MB by prediction with a batch of 20, .*: --batch-size 19 would fit"
+    sentence = r"out of memory: random needs [\d.]+ MB by prediction with a batch of 20, .*: --batch-size 19 would fit"
     with pytest.raises(UserError, match=sentence):
         run_search(plan(images, 20), tmp_path / "run", quiet=True)
 

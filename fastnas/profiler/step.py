@@ -61,13 +61,11 @@ class ModuleTraining:
         self.optimizer.step()
 
 
-def predict(
-    method: Trains, inputs: Inputs, *, name: str, device: torch.device | str = "cpu", candidates: Sequence[str] = ()
-) -> Footprint:
+def predict(method: Trains, inputs: Inputs, *, name: str, device: torch.device | str = "cpu") -> Footprint:
     """The footprint of a step that is not run: every tensor that depends on the batch is fake.
 
     `method`: built on the CPU, and spoilt by the call: its optimisers are stepped. `device`: where the step shall run;
-    its allocator's rounding is applied, and it need not be here. `candidates`: names for `by_candidate`.
+    its allocator's rounding is applied, and it need not be here.
     Optimiser state and gradients are taken as present, as in every step but the first.
     """
     shapes = ShapesOnly()
@@ -81,12 +79,10 @@ def predict(
     tracker = _tracker(method, device)
     with shapes, tracker:
         _run(method, tracker, batches, inputs.steps)
-    return _summary(tracker, method, inputs, name, "predicted", candidates)
+    return _summary(tracker, method, inputs, name, "predicted")
 
 
-def measure(
-    method: Trains, inputs: Inputs, *, name: str, device: torch.device | str = "cpu", candidates: Sequence[str] = ()
-) -> Footprint:
+def measure(method: Trains, inputs: Inputs, *, name: str, device: torch.device | str = "cpu") -> Footprint:
     """The footprint of a step that runs, with the count of the device's allocator and the time of a step beside it.
 
     `method`: built on `device`; the steps train it. On the CPU all of it is deterministic but the time.
@@ -102,7 +98,7 @@ def measure(
     tracker = _tracker(method, device)
     with tracker:
         _run(method, tracker, batches, inputs.steps)
-    footprint = _summary(tracker, method, inputs, name, "measured", candidates)
+    footprint = _summary(tracker, method, inputs, name, "measured")
 
     def steps() -> None:
         for index in range(inputs.steps):
@@ -152,9 +148,7 @@ def _run(method: Trains, tracker: Tracker, batches: Sequence[Batch], steps: int)
             method.step(index, *batches)
 
 
-def _summary(
-    tracker: Tracker, method: Trains, inputs: Inputs, name: str, kind: str, candidates: Sequence[str]
-) -> Footprint:
+def _summary(tracker: Tracker, method: Trains, inputs: Inputs, name: str, kind: str) -> Footprint:
     weights = {id(p): p.numel() for m in _modules(method) if _is_network(m, method) for p in m.parameters()}
     return summarise(
         tracker,
@@ -162,7 +156,7 @@ def _summary(
         kind=kind,
         batch_size=inputs.batch_size,
         parameters=sum(weights.values()),
-        candidates=candidates,
+        candidates=_candidates(method),
     )
 
 
@@ -189,6 +183,12 @@ def _owned(method: Trains) -> Iterator[tuple[Tensor, str]]:
     for optimizer in _parts(method, torch.optim.Optimizer):
         for state in state_of(optimizer):
             yield state, "optimiser state"
+
+
+def _candidates(method: Trains) -> Sequence[str]:
+    """Names of an edge's candidates, in order: those of the search space that a module of the method names."""
+    spaces = (getattr(part, "space", None) for module in _modules(method) for part in module.modules())
+    return next((space.candidates for space in spaces if hasattr(space, "candidates")), ())
 
 
 def _modules(method: Trains) -> list[nn.Module]:

@@ -18,14 +18,12 @@ class Subject:
 
     `build`: makes it fresh on the given device, ready to step; called with `inputs.dtype` as the default dtype, and
     with random states that are put back. `device`: where it shall run, which need not be here for a prediction.
-    `candidates`: names of an edge's candidate operations, in order.
     """
 
     name: str
     build: Callable[[torch.device], Trains]
     inputs: Inputs
     device: torch.device
-    candidates: tuple[str, ...] = ()
     _predicted: dict[int, Footprint] = field(default_factory=dict, repr=False)
 
     def predict(self, batch_size: int | None = None) -> Footprint:
@@ -37,7 +35,6 @@ class Subject:
                 replace(self.inputs, batch_size=batch_size),
                 name=self.name,
                 device=self.device,
-                candidates=self.candidates,
             )
         return self._predicted[batch_size]
 
@@ -48,7 +45,6 @@ class Subject:
             replace(self.inputs, batch_size=batch_size or self.inputs.batch_size),
             name=self.name,
             device=self.device,
-            candidates=self.candidates,
         )
 
     def largest_batch(self, limit: int, *, maximum: int = 1 << 20) -> int | None:
