@@ -29,7 +29,6 @@ from fastnas.engine.mixture import Alphas
 from fastnas.engine.supernet import Supernet
 from fastnas.engine.training import Batch
 from fastnas.methods import METHODS
-from fastnas.profiler.footprint import Footprint
 from fastnas.profiler.step import Inputs, predict
 from fastnas.runs import versions
 from fastnas.spaces import DartsSpace, Genotype, load_genotype
@@ -121,11 +120,12 @@ def step(
 def measurements() -> Iterator[dict[str, Any]]:
     """Prediction against the tracker, the allocator and resident memory, each in a process of its own."""
     cases: list[tuple[str, dict[str, Any]]] = [(method, {}) for method in METHODS]
-    cases += [("darts", {"order": 2}), ("pc_darts", {"order": 2})]
+    cases.append(("darts", {"order": 2}))
     for method, flags in cases:
         # Tempered weights let every child of PARSEC run, as a prediction supposes.
         flags = SMALL | flags | ({"likelihood": "mean", "samples": 4} if method == "parsec" else {})
-        yield {"measured": method, "settings": flags} | _elsewhere("measure", method, flags)
+        counted, resident_peak = (_elsewhere(task, method, flags) for task in ("measure", "resident"))
+        yield {"measured": method, "settings": flags} | counted | resident_peak
 
 
 def measure(method: str, flags: dict[str, Any]) -> dict[str, Any]:
@@ -138,19 +138,23 @@ def measure(method: str, flags: dict[str, Any]) -> dict[str, Any]:
         "saved_equal": predicted.saved == measured.saved,
         "saved_bytes": measured.saved_bytes,
         "step_seconds": round(measured.seconds or 0, 2),
-        "resident_growth": resident_growth(subject.build(torch.device("cpu")), predicted),
     }
 
 
-def resident_growth(method: Any, predicted: Footprint) -> int:
-    """Growth of resident memory over two steps, to its peak, plus what the method held before."""
-    batches = [(torch.randn(predicted.batch_size, *CIFAR), torch.zeros(predicted.batch_size).long()) for _ in "ab"]
-    held = ("parameters", "architecture parameters", "buffers", "input batch")
+def resident(method: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """Resident memory at its peak over the first two steps, in a process that did nothing before: tensors that exist
+    at the start plus the growth. It includes the code and scratch space of oneDNN, and gaps between blocks."""
+    (subject,) = profile.method_steps(flags, methods=[method], image=CIFAR)
+    running, batch_size = subject.build(torch.device("cpu")), subject.inputs.batch_size
+    batches = [(torch.randn(batch_size, *CIFAR), torch.zeros(batch_size).long()) for _ in "ab"]
+    modules = [part for part in vars(running).values() if isinstance(part, nn.Module)]
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    held = sum(tensor.nbytes for tensor in (*tensors, *batches[0], *batches[1]))
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")
-    method.step(0, *batches)
-    method.step(0, *batches)
-    return status("VmHWM") - before + sum(predicted.at_peak[category] for category in held)
+    running.step(0, *batches)
+    running.step(0, *batches)
+    return {"resident_peak": held + status("VmHWM") - before}
 
 
 def status(key: str) -> int:
@@ -209,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.task:
         task, method, flags = json.loads(given.task)
-        print(json.dumps({"measure": measure, "fit": fit}[task](method, flags)))
+        print(json.dumps({"measure": measure, "resident": resident, "fit": fit}[task](method, flags)))
         return
     if not given.out:
         parser.error("--out is missing")
