@@ -12,8 +12,8 @@ import torch._functorch.config
 import torch._inductor.config
 
 from bench.answers import Function, Inputs, Passes, to_device
-from bench.memory import peak_bytes
 from bench.timing import Clock, Turns, clock_for, copy_of, percentile, ratio
+from fastnas.profiler.allocator import peak_bytes
 
 # Inductor's cache does not tell thread counts apart: a hit could be code for another number of threads.
 torch._inductor.config.fx_graph_cache = False

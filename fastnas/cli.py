@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fastnas.errors import UserError, did_you_mean
+from fastnas.errors import UserError, did_you_mean, is_out_of_memory
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -82,16 +82,10 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
 def _explain(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory: give a smaller --batch-size, fewer --channels or --cells, or free the device"
     text = str(error).removesuffix(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # GPU: torch.OutOfMemoryError, by name so that torch need not be imported; CPU: a bare RuntimeError.
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""The error for a person's wrong input, and the hint that names the nearest right word."""
+"""The error for a person's wrong input, the hint that names the nearest right word, and how memory runs out."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     by_lower_case = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), by_lower_case, n=1, cutoff=0.6)
     return f"; did you mean {by_lower_case[near[0]]!r}?" if near else ""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine had no memory left."""
+    # GPU: torch.OutOfMemoryError, by name so that torch need not be imported; CPU: a bare RuntimeError.
+    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ import torch
 
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
-from fastnas.data import Split
+from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastnas.engine.training import Batch, Means
-from fastnas.errors import UserError
+from fastnas.errors import UserError, is_out_of_memory
+from fastnas.memory import SearchMemory
 from fastnas.methods import METHODS, Method, Problem, WeightSettings
 from fastnas.methods.base import Figure
+from fastnas.profiler.step import Inputs
+from fastnas.profiler.subject import Subject
 from fastnas.progress import Progress
 from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.runs import RunFolder, default_run_path
@@ -33,6 +36,7 @@ from fastnas.spaces.derive import count_skips
 from fastnas.spaces.genotype import live_edges
 
 DEFAULT_METHOD = "pc_darts"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,12 @@ class Plan:
     weights: WeightSettings
     runtime: RuntimeSettings
     method: Any
+    auto_batch: bool = False  # the batch size is found when data and device are known
 
     def as_mapping(self) -> dict[str, Any]:
         """One flat table, as config.toml keeps it."""
-        return {key: value for group in asdict(self).values() for key, value in group.items()}
+        groups = (self.search, self.data, self.weights, self.runtime, self.method)
+        return {key: value for group in groups for key, value in asdict(group).items()}
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ def resolve(flags: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> 
     """The settings of a search: defaults, then a preset, then `flags`.
 
     `flags["preset"]` names the preset; without it that is `<method>-<data>` if there is one, else `<method>`. When a
-    run is resumed, `base` (its settings) takes the preset's place. Raises UserError for anything unknown or wrong.
+    run is resumed, `base` (its settings) takes the preset's place. The batch size may be "auto": the largest that
+    fits, see `fastnas.memory`. Raises UserError for anything unknown or wrong.
     """
     flags = dict(flags)
     preset = flags.pop("preset", None)
@@ -85,7 +92,11 @@ def resolve(flags: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> 
         raise UserError(f"the preset {preset} is for method {layer['method']}, not {name}: drop --preset or --method")
     groups = (SearchSettings, DataSettings, WeightSettings, RuntimeSettings, METHODS[name].Settings)
     others = {other: method.Settings for other, method in METHODS.items() if other != name}
-    return Plan(*merge(groups, layer, flags, others=others))
+    auto_batch = {**layer, **flags}.get("batch_size") == AUTO
+    for chosen in (layer, flags):
+        if chosen.get("batch_size") == AUTO:
+            del chosen["batch_size"]
+    return Plan(*merge(groups, layer, flags, others=others), auto_batch=auto_batch)
 
 
 def _preset(preset: str | None, flags: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -107,12 +118,43 @@ def build_method(plan: Plan, classes: int, in_channels: int, device: torch.devic
     return METHODS[plan.search.method](plan.method, problem)
 
 
+def search_step(
+    plan: Plan,
+    classes: int,
+    image: tuple[int, ...],
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    steps: int = 1,
+) -> Subject:
+    """The step of a planned search as the profiler takes it, on images [C, H, W].
+
+    It is a step of the last epoch, when no phase of warming up is left.
+    """
+
+    def build(device: torch.device) -> Method:
+        method = build_method(plan, classes, image[0], device, image[1])
+        method.start_epoch(plan.weights.epochs - 1)
+        return method
+
+    return Subject(plan.search.method, build, Inputs(image, plan.weights.batch_size, dtype, steps), device)
+
+
+def _with_fitting_batch(plan: Plan, memory: SearchMemory, images: int) -> Plan:
+    """The plan with a number where its batch size is `auto`."""
+    batch_size = memory.automatic_batch(images)
+    if batch_size is None:
+        raise UserError("no batch fits into the free memory: give fewer --channels or --cells")
+    return replace(plan, weights=replace(plan.weights, batch_size=batch_size), auto_batch=False)
+
+
 def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = None, quiet: bool = False) -> SearchResult:
     """Search, with a checkpoint after each epoch; a killed run goes on from its last whole epoch, bit for bit.
 
     `out`: the run folder to make (default: a new one under `runs/`); `resume`: the folder of a run to go on with,
     from the start when it was stopped before its first checkpoint.
-    Raises UserError for settings that do not fit the data, and when the loss stops being a number.
+    Warns when the predicted memory exceeds what is free. Raises UserError for settings that do not fit the data,
+    when the loss stops being a number, and when memory runs out.
     """
     device = prepare(plan.runtime)
     data = load_data(
@@ -122,6 +164,25 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
         search_fraction=plan.search.search_fraction,
         train_fraction=plan.search.train_fraction,
     )
+    image = (data.channels, data.image_size, data.image_size)
+    memory = SearchMemory(search_step(plan, data.num_classes, image, device), plan.weights)
+    if plan.auto_batch:
+        plan = _with_fitting_batch(plan, memory, len(data.train))
+        if not quiet:
+            print(f"batch size  {plan.weights.batch_size}", file=sys.stderr)
+        memory = SearchMemory(search_step(plan, data.num_classes, image, device), plan.weights)
+    memory.warn()
+    try:
+        return _search(plan, data, device, out, resume=resume, quiet=quiet)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError(f"out of memory: {memory.explain()}") from error
+        raise
+
+
+def _search(
+    plan: Plan, data: Data, device: torch.device, out: Path | None, *, resume: Path | None, quiet: bool
+) -> SearchResult:
     method = build_method(plan, data.num_classes, data.channels, device, data.image_size)
     batch_size, seed = plan.weights.batch_size, plan.runtime.seed
     train_stream = data.train.stream(batch_size, seed=seed)

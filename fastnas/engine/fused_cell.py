@@ -69,11 +69,15 @@ class Source:
         self,
         plan: SourcePlan,
         x: Tensor,
+        weights: Sequence[Tensor],
         norms: Tensor | None = None,
         first: Tensor | None = None,
         second: Tensor | None = None,
     ) -> None:
         self.plan, self.x = plan, x
+        first_count, second_count = plan.first.weight_count, plan.second.weight_count
+        self.first_weights = weights[:first_count]
+        self.second_weights = weights[first_count : first_count + second_count]
         self.indices = plan.indices(x.device)
         self.norms, self.first, self.second = norms, first, second
         self.pooled: Tensor | None = None
@@ -126,15 +130,13 @@ class Source:
 
     def _convolve_first(self, statistics: bool) -> tuple[Tensor, Tensor]:
         stage = self.plan.first
-        return conv_stage_fwd(
-            [self.x], None, stage.parts, stage.depthwise, stage.pointwise, self.plan.stride, statistics
-        )
+        weights = stage.arranged(self.first_weights)
+        return conv_stage_fwd([self.x], None, stage.parts, *weights, self.plan.stride, statistics)
 
     def _convolve_second(self, before: Tensor, statistics: bool) -> tuple[Tensor, Tensor]:
         stage = self.plan.second
-        return conv_stage_fwd(
-            self.second_inputs(), before, stage.parts, stage.depthwise, stage.pointwise, 1, statistics
-        )
+        weights = stage.arranged(self.second_weights)
+        return conv_stage_fwd(self.second_inputs(), before, stage.parts, *weights, 1, statistics)
 
     def second_inputs(self) -> list[Tensor]:
         return [self.first[output] for output in self.plan.second_from]
@@ -234,14 +236,13 @@ class Source:
                 self.second_inputs(),
                 before,
                 plan.second.parts,
-                plan.second.depthwise,
-                plan.second.pointwise,
+                *plan.second.arranged(self.second_weights),
                 1,
                 None,
                 True,
                 need_dw,
             )
-            second_dw = unflatten(flat, plan.second.parameters) if need_dw else []
+            second_dw = unflatten(flat, self.second_weights) if need_dw else []
             for output, gradient in zip(plan.second_from, q, strict=True):
                 first_gs[output] = gradient
             first_coef[indices.second_from] = through_norms(before, 1.0, dots, self.count, training)
@@ -254,14 +255,13 @@ class Source:
             [self.x],
             None,
             plan.first.parts,
-            plan.first.depthwise,
-            plan.first.pointwise,
+            *plan.first.arranged(self.first_weights),
             plan.stride,
             base,
             need_dx,
             need_dw,
         )
-        first_dw = unflatten(flat, plan.first.parameters) if need_dw else []
+        first_dw = unflatten(flat, self.first_weights) if need_dw else []
         return dx[0] if need_dx else base, first_dw + second_dw
 
 
@@ -293,7 +293,14 @@ class ExtraRun:
 
 
 def run_cell(
-    plan: CellPlan, training: bool, lean: bool, s0: Tensor, s1: Tensor, weights: Tensor, betas: Tensor | None
+    plan: CellPlan,
+    training: bool,
+    lean: bool,
+    s0: Tensor,
+    s1: Tensor,
+    weights: Tensor,
+    betas: Tensor | None,
+    parameters: Sequence[Tensor],
 ) -> tuple[Tensor, list[Source], list[list[ExtraRun]]]:
     """The nodes of a cell next to each other, [B, H', W', nodes * C]; what its sources hold; the runs of its extras."""
     states = [s0, s1]
@@ -305,7 +312,7 @@ def run_cell(
     mixed = nodes if plan.k == 1 else s0.new_empty(plan.nodes, *size, selected)
     started: set[int] = set()
     sources, extras = [], []
-    for state, source_plan in enumerate(plan.sources):
+    for state, (source_plan, own) in enumerate(zip(plan.sources, plan.by_source(parameters), strict=True)):
         if state >= 2:
             node = state - 2
             if node not in started:
@@ -314,7 +321,7 @@ def run_cell(
                 edges = plan.edge_slices[node]
                 partial_join(nodes[node], mixed[node], states, plan.strides[:state], betas[edges], plan.k)
             states.append(nodes[node])
-        source = Source(source_plan, states[state][..., :selected])
+        source = Source(source_plan, states[state][..., :selected], own)
         if source_plan.terms:
             source.measure(training)
             source.add_to_nodes(mixed, started, weights)
@@ -381,7 +388,7 @@ class CellGradient:
         if source.plan.terms:
             self.weights[source.indices.edges, source.indices.candidates] = d_terms.to(self.weights.dtype)
         if not gradients:
-            gradients = [None] * (len(source.plan.first.parameters) + len(source.plan.second.parameters))
+            gradients = [None] * (len(source.first_weights) + len(source.second_weights))
         for run in extras:
             edge, candidate, node = run.extra.edge, run.extra.candidate, run.extra.node
             extra_dx, d_weight, extra_gradients = run.backward(self.mixed[node], self.given_weights[edge, candidate])
@@ -422,11 +429,18 @@ class _FusedCell(torch.autograd.Function):
     def forward(ctx, plan: CellPlan, training: bool, lean: bool, s0, s1, weights, betas, *parameters):
         dtype = s0.dtype
         out, sources, extras = run_cell(
-            plan, training, lean, maps(s0), maps(s1), weights.to(dtype), None if betas is None else betas.to(dtype)
+            plan,
+            training,
+            lean,
+            maps(s0),
+            maps(s1),
+            weights.to(dtype),
+            None if betas is None else betas.to(dtype),
+            parameters,
         )
         result = images(out)
         kept = [tensor for source in sources for tensor in source.kept()]
-        ctx.save_for_backward(s0, s1, weights, betas, result, *kept)
+        ctx.save_for_backward(s0, s1, weights, betas, result, *parameters, *kept)
         ctx.plan, ctx.training, ctx.lean, ctx.extras = plan, training, lean, extras
         return result
 
@@ -434,12 +448,14 @@ class _FusedCell(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         plan = ctx.plan
-        s0, s1, weights, betas, result, *kept = ctx.saved_tensors
+        s0, s1, weights, betas, result, *rest = ctx.saved_tensors
+        kept = rest[-3 * len(plan.sources) :]
+        parameters = plan.by_source(rest[: -3 * len(plan.sources)])
         channels = s0.shape[1]
         states = [maps(s0), maps(s1), *maps(result).split(channels, dim=-1)]
         sources = [
-            Source(source_plan, state[..., : channels // plan.k], *kept[3 * index : 3 * index + 3])
-            for index, (source_plan, state) in enumerate(zip(plan.sources, states, strict=True))
+            Source(source_plan, state[..., : channels // plan.k], own, *kept[3 * index : 3 * index + 3])
+            for index, (source_plan, state, own) in enumerate(zip(plan.sources, states, parameters, strict=True))
         ]
         gradient = CellGradient(
             plan,
@@ -469,7 +485,7 @@ def fused_cell(
     partial channels (PC-DARTS), else None. `lean`: keep nothing but states and statistics between forward and
     backward, and compute the rest again.
     """
-    return _FusedCell.apply(plan, training, lean, s0, s1, weights, betas, *plan.parameters)
+    return _FusedCell.apply(plan, training, lean, s0, s1, weights, betas, *plan.weights)
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -477,21 +493,21 @@ class _FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, stage: Convolutions, running: RunningStatistics, stride: int, training: bool, x, *parameters):
-        z, stats = conv_stage_fwd([maps(x)], None, stage.parts, stage.depthwise, stage.pointwise, stride, training)
+        z, stats = conv_stage_fwd([maps(x)], None, stage.parts, *stage.arranged(parameters), stride, training)
         row = torch.zeros(1, dtype=torch.long, device=x.device)
         if training:
             running.update(row, stats, z[0, ..., 0].numel())
         norms = with_deviation(stats if training else running.read(row), running.eps)
         node_sum(z[0], [z[0]], norms.flip(1), False)
         result = images(z[0])
-        ctx.save_for_backward(x, norms, result)
+        ctx.save_for_backward(x, norms, result, *parameters)
         ctx.stage, ctx.stride, ctx.training = stage, stride, training
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, norms, result = ctx.saved_tensors
+        x, norms, result, *parameters = ctx.saved_tensors
         stage, g, y = ctx.stage, maps(grad), maps(result)
         count = y[..., 0].numel()
         dots = node_dots([g], [y], torch.zeros_like(norms[:, 0]))
@@ -507,17 +523,16 @@ class _FusedNorm(torch.autograd.Function):
             [maps(x)],
             None,
             stage.parts,
-            stage.depthwise,
-            stage.pointwise,
+            *stage.arranged(parameters),
             ctx.stride,
             None,
             need_dx,
             need_dw,
         )
-        gradients = unflatten(flat, stage.parameters) if need_dw else [None] * len(stage.parameters)
+        gradients = unflatten(flat, parameters) if need_dw else [None] * len(parameters)
         return None, None, None, None, images(dx[0]) if need_dx else None, *gradients
 
 
 def fused_norm(stage: Convolutions, running: RunningStatistics, x: Tensor, *, stride: int, training: bool) -> Tensor:
     """BN(stage(x)): x [B, C, H, W] -> [B, O, ceil(H / stride), ceil(W / stride)]; keeps x and the result alone."""
-    return _FusedNorm.apply(stage, running, stride, training, x, *stage.parameters)
+    return _FusedNorm.apply(stage, running, stride, training, x, *stage.weights)

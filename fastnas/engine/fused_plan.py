@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,54 +17,61 @@ POOLS = ("max_pool_3x3", "avg_pool_3x3")  # in the order of pool_stage
 CONVOLUTIONS = ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
 
 
-@dataclass
 class Convolutions:
-    """The arguments of a conv_stage call. `norms`: the batch normalisation behind each of its outputs."""
+    """What a conv_stage call convolves. `norms`: the batch normalisation behind each of its outputs."""
 
-    parts: list[int] = field(default_factory=list)
-    depthwise: list[Tensor] = field(default_factory=list)
-    pointwise: list[Tensor] = field(default_factory=list)
-    norms: list[nn.BatchNorm2d] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.parts: list[int] = []  # of the op
+        self.norms: list[nn.BatchNorm2d] = []
+        self._modules: list[tuple[nn.Conv2d | None, nn.Conv2d]] = []  # depthwise, pointwise of each part
 
     def add_separable(self, source: int, depthwise: nn.Conv2d, pointwise: nn.Conv2d, norm: nn.BatchNorm2d) -> int:
         """A new output: a depthwise-separable convolution. Returns its number."""
         self.norms.append(norm)
-        self._add_part(source, depthwise.weight, pointwise.weight, dilation=depthwise.dilation[0])
+        self._add_part(source, depthwise, pointwise, dilation=depthwise.dilation[0])
         return len(self.norms) - 1
 
     def add_pointwise(self, source: int, pointwise: nn.Conv2d, norm: nn.BatchNorm2d) -> int:
         """A new output: a 1x1 convolution. Returns its number."""
         self.norms.append(norm)
-        self._add_part(source, None, pointwise.weight)
+        self._add_part(source, None, pointwise)
         return len(self.norms) - 1
 
     def add_reduce(self, source: int, reduce: FactorizedReduce) -> int:
         """A new output of two parts, the halves of a FactorizedReduce. Returns its number."""
         self.norms.append(reduce.norm)
-        even, odd = reduce.conv_even.weight, reduce.conv_odd.weight
-        self._add_part(source, None, even)
-        self._add_part(source, None, odd, first=even.shape[0], shift=1)
+        self._add_part(source, None, reduce.conv_even)
+        self._add_part(source, None, reduce.conv_odd, first=reduce.conv_even.out_channels, shift=1)
         return len(self.norms) - 1
 
     def _add_part(
         self,
         source: int,
-        depthwise: Tensor | None,
-        pointwise: Tensor,
+        depthwise: nn.Conv2d | None,
+        pointwise: nn.Conv2d,
         *,
         first: int = 0,
         dilation: int = 1,
         shift: int = 0,
     ) -> None:
         self.parts += [source, len(self.norms) - 1, first, dilation, shift]
-        self.depthwise.append(pointwise.new_empty(0) if depthwise is None else depthwise)
-        self.pointwise.append(pointwise)
+        self._modules.append((depthwise, pointwise))
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """In the order of the flat gradient of conv_stage_bwd."""
-        pairs = zip(self.depthwise, self.pointwise, strict=True)
-        return [weight for pair in pairs for weight in pair if weight.numel()]
+    def weights(self) -> list[Tensor]:
+        """What the modules hold now, in the order of the flat gradient of conv_stage_bwd."""
+        return [module.weight for pair in self._modules for module in pair if module is not None]
+
+    def arranged(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """`weights` as the depthwise and pointwise arguments of the op."""
+        given = iter(weights)
+        none = weights[0].new_empty(0)
+        pairs = [(none if depthwise is None else next(given), next(given)) for depthwise, _ in self._modules]
+        return [depthwise for depthwise, _ in pairs], [pointwise for _, pointwise in pairs]
+
+    @property
+    def weight_count(self) -> int:
+        return sum(module is not None for pair in self._modules for module in pair)
 
 
 @dataclass(frozen=True)
@@ -142,10 +149,10 @@ class SourcePlan:
         return [number for number, term in enumerate(self.terms) if term.stage == stage]
 
     @property
-    def parameters(self) -> list[Tensor]:
-        """Weights of the first stage, the second stage and the extras: the order in which their gradients come."""
+    def weights(self) -> list[Tensor]:
+        """Of the first stage, the second stage and the extras: the order in which their gradients come."""
         extras = [weight for extra in self.extras for weight in extra.module.parameters()]
-        return [*self.first.parameters, *self.second.parameters, *extras]
+        return [*self.first.weights, *self.second.weights, *extras]
 
     def indices(self, device: torch.device) -> Indices:
         """Index tensors of this plan on `device`, made once."""
@@ -221,4 +228,13 @@ class CellPlan:
             state = space.sources[edge]
             name, module = space.candidates[candidate], edges[edge].candidates[candidate]
             self.sources[state].add(edge, candidate, node_of[edge], name, module)
-        self.parameters = [weight for source in self.sources for weight in source.parameters]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What the modules of all sources hold now, source by source."""
+        return [weight for source in self.sources for weight in source.weights]
+
+    def by_source(self, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """`weights` split up again."""
+        given = iter(weights)
+        return [[next(given) for _ in source.weights] for source in self.sources]

@@ -50,5 +50,8 @@ class RunningStatistics:
         table, tracked = self._bind()
         measured = stats.clone()
         measured[:, 1] *= count / max(1, count - 1)
-        table[rows] = torch.lerp(table[rows], measured, self.norms[0].momentum)
         tracked[rows] += 1
+        rate = self.norms[0].momentum
+        if rate is None:  # the plain mean of all batches
+            rate = (1 / tracked[rows].to(table.dtype))[:, None, None]
+        table[rows] = torch.lerp(table[rows], measured, rate)

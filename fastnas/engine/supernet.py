@@ -23,6 +23,7 @@ from fastnas.spaces.darts import DartsSpace, reduction_cells
 from fastnas.spaces.genotype import Genotype, Node
 
 EXECUTORS = ("plain", "fused", "lean")
+FUSED_DTYPES = (torch.float32, torch.float64)
 
 
 class SupernetCell(nn.Module):
@@ -115,7 +116,7 @@ class Supernet(nn.Module):
     `k`: partial channels 1/K (PC-DARTS); `stem`: "cifar" or "imagenet". Its parameters are the shared weights only;
     the architecture comes with each call. `executor`: "plain" (one module call a candidate), "fused" or "lean" (both
     fused; lean keeps little more than the states of the cells between forward and backward, and computes more). Random
-    channels run on the plain executor.
+    channels and half-width images run on the plain executor.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class Supernet(nn.Module):
         A Mixture runs every candidate (DARTS, eq. 2); a Genotype runs its sampled path alone, at the cost and
         memory of one child network.
         """
-        fused = self.executor != "plain"
+        fused = self.executor != "plain" and x.dtype in FUSED_DTYPES
         if fused:
             x = x.contiguous(memory_format=torch.channels_last)
         s0, s1 = self.stem(x)

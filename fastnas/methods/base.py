@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastnas.config import option
 from fastnas.engine.mixture import Mixture
 from fastnas.engine.stems import STEMS
-from fastnas.engine.supernet import Supernet
+from fastnas.engine.supernet import EXECUTORS, Supernet
 from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine
 from fastnas.errors import UserError
 from fastnas.spaces.darts import DartsSpace
@@ -27,11 +27,17 @@ class WeightSettings:
     """How the network is built and its weights are trained; the defaults are those of DARTS on CIFAR-10."""
 
     epochs: int = option(50, "passes over the training half of the data", minimum=1)
-    batch_size: int = option(64, "images a step", minimum=2)
+    batch_size: int = option(64, "images a step; auto: the largest batch that fits", minimum=2)
     channels: int = option(16, "channels of the first cells' nodes; doubled at each reduction cell", minimum=2)
     cells: int = option(8, "cells of the network that searches; with fewer than 3 there is no normal cell", minimum=3)
     nodes: int = option(4, "intermediate nodes of a cell", minimum=2, maximum=16)
     stem: str = option("cifar", "layers before the first cell: full size, or three strides of 2", choices=STEMS)
+    executor: str = option(
+        "fused",
+        "how cells run; fused: a few kernels a cell; lean: fused, keeping as little memory as possible and computing "
+        "more; plain: one PyTorch module a candidate",
+        choices=EXECUTORS,
+    )
     lr: float = option(0.025, "learning rate of the weights at the start", above=0)
     lr_min: float = option(0.001, "learning rate that the cosine schedule ends at", minimum=0)
     lr_warmup_epochs: int = option(0, "epochs in which the rate rises linearly before the cosine", minimum=0)
@@ -73,12 +79,16 @@ class Problem:
             in_channels=self.in_channels,
             k=k,
             stem=self.weights.stem,
+            executor=self.weights.executor,
         ).to(self.device)
 
 
 def weight_optimizer(module: nn.Module, weights: WeightSettings) -> torch.optim.SGD:
     """SGD with momentum and weight decay for the shared weights."""
-    return torch.optim.SGD(module.parameters(), weights.lr, weights.momentum, weight_decay=weights.weight_decay)
+    # Not fused=True: that one cannot start some momentum buffers later than others, as sampled paths need it.
+    return torch.optim.SGD(
+        module.parameters(), weights.lr, weights.momentum, weight_decay=weights.weight_decay, foreach=True
+    )
 
 
 def weight_rate(weights: WeightSettings, epoch: int) -> float:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
-_FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
-_INK, _MUTED, _RAIL, _PANEL, _BORDER = "#0f172a", "#64748b", "#475569", "#f8fafc", "#e2e8f0"
+from fastnas.report.svg import BORDER, CHARACTER, INK, MUTED, PANEL, document, draw_text
 
-_CHARACTER = 7.2  # px of one character of a label: wide enough for the widest usual sans-serif font
+_RAIL = "#475569"
 _LABEL_HEIGHT, _NODE_HEIGHT = 24, 36
 _BELOW_RAIL = 34  # from a rail to the middle of the first label below it
 _ROW, _STACKED = 78, 30  # height of a row, and of each further label of one row and column
@@ -89,12 +88,7 @@ def draw_cells(genotype: Any) -> str:
         x += panel.width + _GAP
     body.append(f'<g transform="translate({_GAP} {_GAP + height + _LEGEND / 2:g})">{legend}</g>')
     full_height = height + _GAP + _LEGEND
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{width:g}" height="{full_height:g}" '
-        f'viewBox="0 0 {width:g} {full_height:g}" font-family="{_FONT}" font-size="12" fill="{_INK}">'
-        f"<title>Normal and reduction cell</title><desc>{escape(describe_cells(genotype))}</desc>"
-        f'<rect width="100%" height="100%" fill="#ffffff"/>{"".join(body)}</svg>\n'
-    )
+    return document("Normal and reduction cell", describe_cells(genotype), width, full_height, "".join(body))
 
 
 def _cells(genotype: Any) -> list[tuple[str, _Nodes, Sequence[int]]]:
@@ -142,7 +136,7 @@ class _Panel:
         for node in self.nodes:
             text = max((len(_label(name)) for name, _ in node), default=0)
             lanes = max(len(node), 1) * _LANE
-            self.label_width.append(text * _CHARACTER + 20)
+            self.label_width.append(text * CHARACTER + 20)
             self.label_x.append(x + 8 + _BRANCH)
             self.node_width.append(max(lanes + 12, _NODE_HEIGHT))
             right = self.label_x[-1] + self.label_width[-1]
@@ -155,9 +149,9 @@ class _Panel:
         """SVG of the panel, ``height`` high. Rails come first: the lines that cross them lie above."""
         states = range(len(self.nodes) + 2)
         size = f'width="{self.width:g}" height="{height:g}"'
-        parts = [f'<rect {size} rx="14" fill="{_PANEL}" stroke="{_BORDER}"/>']
-        parts.append(_text(_PAD, 34, self.title, size=17, weight="bold", anchor="start"))
-        parts.append(_text(_PAD, 53, self.note, size=11, fill=_MUTED, anchor="start"))
+        parts = [f'<rect {size} rx="14" fill="{PANEL}" stroke="{BORDER}"/>']
+        parts.append(draw_text(_PAD, 34, self.title, size=17, weight="bold", anchor="start"))
+        parts.append(draw_text(_PAD, 53, self.note, size=11, fill=MUTED, anchor="start"))
         parts += [self._draw_rail(state) for state in states]
         parts += [self._draw_edge(edge) for edge in self.edges]
         parts += [self._draw_branch_points(state) for state in states]
@@ -201,10 +195,10 @@ class _Panel:
         lines = f'<path d="{branch}{way_down}" stroke="{kind.line}" stroke-width="2.2" fill="none"{dash}/>'
         return (
             f"<g><title>{_state(edge.target + 2)}: {escape(edge.name)} of {_state(edge.source)}</title>"
-            f'<path d="{way_down}" stroke="{_PANEL}" stroke-width="10" fill="none"/>{lines}'
+            f'<path d="{way_down}" stroke="{PANEL}" stroke-width="10" fill="none"/>{lines}'
             f"{_arrow(x, end, kind.line, down=True)}"
             f"{_box(left, y - _LABEL_HEIGHT / 2, width, _LABEL_HEIGHT, 12, kind.fill, kind.line, dash)}"
-            f"{_text(left + width / 2, y, text)}</g>"
+            f"{draw_text(left + width / 2, y, text)}</g>"
         )
 
     def _draw_state(self, state: int) -> str:
@@ -213,8 +207,8 @@ class _Panel:
             box = _box(_PAD, y - _NODE_HEIGHT / 2, _INPUT_WIDTH, _NODE_HEIGHT, 8, "#e2e8f0", _RAIL)
             return box + _subscript(_PAD + _INPUT_WIDTH / 2, y, f"k−{2 - state}")
         x, width = self.node_x[state - 2], self.node_width[state - 2]
-        box = _box(x - width / 2, y - _NODE_HEIGHT / 2, width, _NODE_HEIGHT, 8, "#ffffff", _INK)
-        return box + _text(x, y, str(state - 2), size=14, weight="bold")
+        box = _box(x - width / 2, y - _NODE_HEIGHT / 2, width, _NODE_HEIGHT, 8, "#ffffff", INK)
+        return box + draw_text(x, y, str(state - 2), size=14, weight="bold")
 
     def _draw_output(self) -> str:
         top = self.rail_y[self.concat[0]] - _NODE_HEIGHT / 2
@@ -223,7 +217,7 @@ class _Panel:
         box = _box(self.output_x, top, _OUTPUT_WIDTH, bottom - top, 8, "#e2e8f0", _RAIL)
         if len(self.concat) == 1:
             return box + _subscript(x, middle, "k")
-        return box + _subscript(x, middle - 8, "k") + _text(x, middle + 12, "concat", size=11, fill=_MUTED)
+        return box + _subscript(x, middle - 8, "k") + draw_text(x, middle + 12, "concat", size=11, fill=MUTED)
 
 
 def _edges_into(target: int, node: Sequence[tuple[str, int]]) -> list[_Edge]:
@@ -242,8 +236,8 @@ def _legend(kinds: Sequence[_Kind]) -> tuple[str, float]:
     for kind in kinds:
         dash = ' stroke-dasharray="5 4"' if kind.title == "none" else ""
         parts.append(_box(x, -8, 30, 16, 8, kind.fill, kind.line, dash))
-        parts.append(_text(x + 38, 0, kind.title, anchor="start"))
-        x += 38 + len(kind.title) * _CHARACTER + 26
+        parts.append(draw_text(x + 38, 0, kind.title, anchor="start"))
+        x += 38 + len(kind.title) * CHARACTER + 26
     return "".join(parts), x
 
 
@@ -251,23 +245,6 @@ def _box(x: float, y: float, width: float, height: float, radius: float, fill: s
     return (
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius:g}" fill="{fill}" '
         f'stroke="{stroke}" stroke-width="1.6"{dash}/>'
-    )
-
-
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    *,
-    size: float = 12,
-    weight: str = "normal",
-    fill: str = _INK,
-    anchor: str = "middle",
-) -> str:
-    # Centred by a shift: not every viewer knows dominant-baseline.
-    return (
-        f'<text x="{x:g}" y="{y + 0.35 * size:g}" font-size="{size:g}" font-weight="{weight}" fill="{fill}" '
-        f'text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from bench import report, table
 from bench.answers import Passes, to_device
 from bench.compare import Times, times
-from bench.memory import peak_bytes, peak_of
 from bench.overhead import overhead
 from bench.race import race, summary
 from bench.timing import Turns, percentile, ratio
+from fastnas.profiler.allocator import peak_bytes, peak_of
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
