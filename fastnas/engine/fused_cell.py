@@ -74,13 +74,16 @@ class Source:
         first: Tensor | None = None,
         second: Tensor | None = None,
     ) -> None:
-        self.plan, self.x = plan, x
+        self.plan = plan
+        # Few channels out of many are read more easily when they lie close together.
+        self.x = x.contiguous() if x.stride(2) != x.shape[3] and x.shape[3] < 16 else x
         first_count, second_count = plan.first.weight_count, plan.second.weight_count
         self.first_weights = weights[:first_count]
         self.second_weights = weights[first_count : first_count + second_count]
         self.indices = plan.indices(x.device)
         self.norms, self.first, self.second = norms, first, second
-        self.pooled: Tensor | None = None
+        self.pool: Tensor | None = None
+        self._maps: dict[str, tuple[Tensor, ...]] = {}
         height, width = (-(-size // plan.stride) for size in x.shape[1:3])
         self.count = x.shape[0] * height * width  # pixels of the batch in an output
 
@@ -92,7 +95,7 @@ class Source:
         if not training:
             running = plan.running.read(indices.running)
         if plan.pool_norms:
-            self.pooled, stats = pool_stage_fwd(x, plan.stride, training)
+            self.pool, stats = pool_stage_fwd(x, plan.stride, training)
             measured.append(stats[indices.pool_columns] if training else stats)
         if plan.first.norms:
             self.first, stats = self._convolve_first(training)
@@ -124,7 +127,8 @@ class Source:
 
     def forget(self, *, all_maps: bool) -> None:
         """Let go of the pools, which are always computed again, or of all maps."""
-        self.pooled = None
+        self._maps.clear()
+        self.pool = None
         if all_maps:
             self.first = self.second = None
 
@@ -138,13 +142,19 @@ class Source:
         weights = stage.arranged(self.second_weights)
         return conv_stage_fwd(self.second_inputs(), before, stage.parts, *weights, 1, statistics)
 
+    def _unbound(self, stage: str) -> tuple[Tensor, ...]:
+        """The maps of a stage one by one; taken apart once, which costs more than it looks."""
+        if stage not in self._maps:
+            self._maps[stage] = (self.x,) if stage == "state" else getattr(self, stage).unbind()
+        return self._maps[stage]
+
     def second_inputs(self) -> list[Tensor]:
-        return [self.first[output] for output in self.plan.second_from]
+        first = self._unbound("first")
+        return [first[output] for output in self.plan.second_from]
 
     def term_maps(self) -> list[Tensor]:
         """The map of each term."""
-        made = {"state": [self.x], "pool": self.pooled, "first": self.first, "second": self.second}
-        return [made[term.stage][term.index] for term in self.plan.terms]
+        return [self._unbound(term.stage)[term.index] for term in self.plan.terms]
 
     def term_norms(self) -> Tensor:
         """[terms, 2, C]."""
@@ -178,7 +188,7 @@ class Source:
         if not terms:
             return base, weights.new_empty(0), []
         if plan.pool_norms:
-            self.pooled, _ = pool_stage_fwd(self.x, plan.stride, False)
+            self.pool, _ = pool_stage_fwd(self.x, plan.stride, False)
         norms, scale, term_gs = self.term_norms(), self.of_terms(weights), [gs[term.node] for term in terms]
         dots = node_dots(term_gs, self.term_maps(), norms[:, 0])
         coef = through_norms(norms, scale, dots, self.count, training)
@@ -231,7 +241,7 @@ class Source:
             before = self.norms[self.indices.second_rows]
             q, dots, flat = conv_stage_bwd(
                 [term_gs[number] for number in numbers],
-                list(self.second.unbind()),
+                list(self._unbound("second")),
                 coef[indices.second_terms],
                 self.second_inputs(),
                 before,
@@ -243,14 +253,14 @@ class Source:
                 need_dw,
             )
             second_dw = unflatten(flat, self.second_weights) if need_dw else []
-            for output, gradient in zip(plan.second_from, q, strict=True):
+            for output, gradient in zip(plan.second_from, q.unbind(), strict=True):
                 first_gs[output] = gradient
             first_coef[indices.second_from] = through_norms(before, 1.0, dots, self.count, training)
         if not (need_dx or need_dw):
             return base, []
         dx, _, flat = conv_stage_bwd(
             first_gs,
-            list(self.first.unbind()),
+            list(self._unbound("first")),
             first_coef,
             [self.x],
             None,
@@ -267,8 +277,7 @@ class Source:
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """A flat gradient as views of the parameters' shapes."""
-    parts = flat.split([weight.numel() for weight in like])
-    return [part.view(weight.shape) for part, weight in zip(parts, like, strict=True)]
+    return list(torch._C._nn.unflatten_dense_tensors(flat, like))
 
 
 class ExtraRun:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +71,7 @@ class Convolutions:
         pairs = [(none if depthwise is None else next(given), next(given)) for depthwise, _ in self._modules]
         return [depthwise for depthwise, _ in pairs], [pointwise for _, pointwise in pairs]
 
-    @property
+    @cached_property
     def weight_count(self) -> int:
         return sum(module is not None for pair in self._modules for module in pair)
 
@@ -137,7 +139,7 @@ class SourcePlan:
         self.second_from.append(output)
         return "second", self.second.add_separable(len(self.second_from) - 1, *layers[5:8])
 
-    @property
+    @cached_property
     def by_node(self) -> list[tuple[int, slice]]:
         """The nodes that terms go to, with the terms of each."""
         nodes = [term.node for term in self.terms]
@@ -146,7 +148,16 @@ class SourcePlan:
 
     def of_stage(self, stage: str) -> list[int]:
         """Numbers of the terms whose maps that stage makes."""
-        return [number for number, term in enumerate(self.terms) if term.stage == stage]
+        return self._by_stage.get(stage, [])
+
+    @cached_property
+    def _by_stage(self) -> dict[str, list[int]]:
+        stages = {term.stage for term in self.terms}
+        return {stage: [n for n, term in enumerate(self.terms) if term.stage == stage] for stage in stages}
+
+    @cached_property
+    def weight_count(self) -> int:
+        return len(self.weights)
 
     @property
     def weights(self) -> list[Tensor]:
@@ -237,4 +248,4 @@ class CellPlan:
     def by_source(self, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """`weights` split up again."""
         given = iter(weights)
-        return [[next(given) for _ in source.weights] for source in self.sources]
+        return [list(islice(given, source.weight_count)) for source in self.sources]

@@ -8,8 +8,9 @@
 
 namespace fastnas {
 
-// Sums by channel over images of `pixels`, in T over 64 rows at a time and in double over these. Where pixels have no
-// gaps ("dense") and channels divide a vector, several pixels make a row of one vector; else a row is a pixel.
+// Sums by channel over images of `pixels`, in T over 64 rows at a time (times four) and in double over these. Where
+// pixels have no gaps ("dense") and channels divide a vector, several pixels make a row of one vector; else a row is a
+// pixel.
 template <class T>
 class ChannelSums {
  public:
@@ -41,15 +42,17 @@ class ChannelSums {
       const int64_t end = std::min(rows_, start + kRowsInFull);
       int64_t c = 0;
       for (; c + kLanes<T> <= width_; c += kLanes<T>) {
-        Vec<T> a[2]{}, b[2]{};
+        Vec<T> a[kTogether]{}, b[kTogether]{};
         int64_t r = start;
-        for (; r + 2 <= end; r += 2) {
-          term(r, c, a[0], b[0]);
-          term(r + 1, c, a[1], b[1]);
+        for (; r + kTogether <= end; r += kTogether) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kTogether; ++i) term(r + i, c, a[i], b[i]);
         }
-        if (r < end) term(r, c, a[0], b[0]);
-        a[0] += a[1];
-        b[0] += b[1];
+        for (; r < end; ++r) term(r, c, a[0], b[0]);
+        for (int i = 1; i < kTogether; ++i) {
+          a[0] += a[i];
+          b[0] += b[i];
+        }
         for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
           first_[c + lane] += a[0][lane];
           second_[c + lane] += b[0][lane];
@@ -78,7 +81,8 @@ class ChannelSums {
   }
 
  private:
-  static constexpr int64_t kRowsInFull = 64;
+  static constexpr int kTogether = 4;  // independent sums, 64 rows each
+  static constexpr int64_t kRowsInFull = 64 * kTogether;
   int64_t channels_, width_, rows_, rest_;
   std::vector<double> first_, second_;
   std::vector<T> centre_;

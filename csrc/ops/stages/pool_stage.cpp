@@ -146,17 +146,49 @@ std::tuple<Tensor, Tensor> pool_stage_fwd(Tensor x, int64_t stride, bool statist
   return {pooled, stats};
 }
 
-// total[pixel] += scale * g[pixel], in a buffer's layout.
+// A gradient of the output, with what goes through the maximum, the average and the identity.
 template <class T>
-FASTNAS_INLINE inline void add_scaled(T* total, const Frame<T>& f, const T* g, int64_t pixel, const T* scale) {
+struct Weighted {
+  const T* g;
+  int64_t pixel;
+  const T* scales;  // [3][width], repeated
+};
+
+// What reaches the pools and the identity of a row: totals[p] = centre (pool - mean) + offset + sum of scaled
+// gradients.
+template <class T>
+FASTNAS_INLINE inline void combine_row(T* const* totals, const T* const* pools, const T* affine, int64_t width,
+                                       const std::vector<Weighted<T>>& gs, const Frame<T>& f, bool dense) {
+  T *const highest = totals[0], *const average = totals[1], *const through = totals[2];
+  const T *const highest_pool = pools[0], *const average_pool = pools[1];
+  const Weighted<T>* const terms = gs.data();
+  const int64_t count = static_cast<int64_t>(gs.size()), pitch = f.pitch;
   const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
-    auto s = v, t = v;
-    read(g + p * pixel + c, v);
-    read(scale + c, s);
-    read(total + p * f.pitch + c, t);
-    write(total + p * f.pitch + c, t + s * v);
+    const auto centred = [&](const T* pool, const T* own) FASTNAS_INLINE {
+      auto value = v, centre = v, offset = v, mean = v;
+      read(pool + p * pitch + c, value);
+      read(own + c, centre);
+      read(own + width + c, offset);
+      read(own + 2 * width + c, mean);
+      return centre * (value - mean) + offset;
+    };
+    auto a = centred(highest_pool, affine), b = centred(average_pool, affine + 3 * width), d = v, s = v;
+    d = d - d;
+    for (int64_t n = 0; n < count; ++n) {
+      const T* scales = terms[n].scales;
+      read(terms[n].g + p * terms[n].pixel + c, v);
+      read(scales + c, s);
+      a += s * v;
+      read(scales + width + c, s);
+      b += s * v;
+      read(scales + 2 * width + c, s);
+      d += s * v;
+    }
+    write(highest + p * pitch + c, a);
+    write(average + p * pitch + c, b);
+    write(through + p * pitch + c, d);
   };
-  if (f.flat && pixel == f.channels)
+  if (f.flat && dense)
     for_each_dense_value<T>(f.out_width, f.channels, body);
   else
     for_each_value<T>(f.out_width, f.channels, body);
@@ -211,37 +243,22 @@ Tensor pool_stage_bwd(Tensor x, std::vector<Tensor> gs, Tensor scales, Tensor co
       Bordered<T> image(f);
       Scratch<T> gradient(f.padded_size()), pools[2]{Scratch<T>(length), Scratch<T>(length)};
       Scratch<T> totals[2]{Scratch<T>(length), Scratch<T>(length)}, through(f.out_height * length);
+      std::vector<Weighted<T>> weighted(count);
       vectorised([&]() FASTNAS_INLINE {
         for (int64_t b = begin; b < end; ++b) {
           image.load(f, data<T>(x) + b * map.image(), map.pixel);
           std::fill_n(gradient.data(), f.padded_size(), T(0));
-          std::fill_n(through.data(), f.out_height * length, T(0));
           for (int64_t y = 0; y < f.out_height; ++y) {
             pool_row(pools[0].data(), pools[1].data(), image.low.data(), image.zero.data(), windows, y);
-            for (int which = 0; which < 2; ++which) {
-              const T *centre = affine.data() + which * 3 * width, *offset = centre + width, *mean = offset + width;
-              const T* pool = pools[which].data();
-              T* total = totals[which].data();
-              const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
-                auto q = v, r = v, m = v;
-                read(pool + p * f.pitch + c, v);
-                read(centre + c, q);
-                read(offset + c, r);
-                read(mean + c, m);
-                write(total + p * f.pitch + c, q * (v - m) + r);
-              };
-              if (f.flat)
-                for_each_dense_value<T>(f.out_width, channels, body);
-              else
-                for_each_value<T>(f.out_width, channels, body);
-            }
+            bool dense = true;
             for (int64_t n = 0; n < count; ++n) {
-              const T* g = data<T>(gs[n]) + b * maps[n].image() + y * f.out_width * maps[n].pixel;
-              const T* s = scale.data() + n * 3 * width;
-              add_scaled(totals[0].data(), f, g, maps[n].pixel, s);
-              add_scaled(totals[1].data(), f, g, maps[n].pixel, s + width);
-              if (stride == 1) add_scaled(through.data() + y * length, f, g, maps[n].pixel, s + 2 * width);
+              weighted[n] = {data<T>(gs[n]) + b * maps[n].image() + y * f.out_width * maps[n].pixel, maps[n].pixel,
+                             scale.data() + n * 3 * width};
+              dense = dense && maps[n].pixel == channels;
             }
+            T* const targets[] = {totals[0].data(), totals[1].data(), through.data() + y * length};
+            const T* const rows[] = {pools[0].data(), pools[1].data()};
+            combine_row<T>(targets, rows, affine.data(), width, weighted, f, dense);
             scatter_row(gradient.data(), image.low.data(), pools[0].data(), totals[0].data(), totals[1].data(), windows,
                         y);
           }
