@@ -149,6 +149,89 @@ def call_depthwise_bank(dtype: torch.dtype, quick: bool) -> None:
         one(64, 64, 8, 1, False)
 
 
+def stage_maps(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Maps [B, H, W, C] of the engine's stages."""
+    return [torch.empty(shape, dtype=dtype, device="meta") for _ in range(count)]
+
+
+def call_node_sum(dtype: torch.dtype, quick: bool) -> None:
+    from fastnas.kernels import node_sum as op
+
+    for shape in [(64, 32, 32, 16), *([] if quick else [(64, 8, 8, 64), (3, 5, 7, 9)])]:
+        nodes = torch.empty((*shape[:3], 4 * shape[3]), dtype=dtype, device="meta").split(shape[3], dim=-1)
+        for count in (7,) if quick else (1, 7):
+            terms = [nodes[0], *stage_maps(count - 1, shape, dtype)]
+            coef = torch.empty(count, 2, shape[3], dtype=dtype, device="meta")
+            for accumulate in (False, True):
+                op.node_sum(nodes[1], terms, coef, accumulate)
+        for edges in (1,) if quick else (1, 4):
+            op.node_dots(nodes[:1] * 7 * edges, terms * edges, coef[:, 0].repeat(edges, 1))
+
+
+def call_conv_stage(dtype: torch.dtype, quick: bool) -> None:
+    from fastnas.kernels import conv_stage as op
+
+    def one(xs: list[Tensor], norms: bool, parts: list[int], sides: list[int], outputs: int, stride: int) -> None:
+        channels = xs[0].shape[-1]
+        depthwise = [torch.empty((channels, 1, k, k) if k else 0, dtype=dtype, device="meta") for k in sides]
+        pointwise = [torch.empty((outputs, channels, 1, 1), dtype=dtype, device="meta") for _ in sides]
+        stats = torch.empty((len(xs), 2, channels), dtype=dtype, device="meta") if norms else None
+        given = (xs, stats, parts, depthwise, pointwise, stride)
+        z, _ = op.conv_stage_fwd(*given, True)
+        zs, coef = list(z), torch.empty((len(z), 4, z.shape[-1]), dtype=dtype, device="meta")
+        op.conv_stage_bwd(zs, zs, coef, *given, None if norms else xs[0], True, True)
+        if not quick:
+            op.conv_stage_fwd(*given, False)
+
+    edge = [(3, 1), (5, 1), (3, 2), (5, 2)]  # sides and dilations of the candidates of an edge
+    for shape in [(64, 32, 32, 16), *([] if quick else [(64, 8, 8, 64), (64, 16, 16, 36)])]:
+        for edges in (1,) if quick else (1, 4):
+            branches = edge * edges
+            parts = [n for output, (_, d) in enumerate(branches) for n in (0, output, 0, d, 0)]
+            for stride in (1,) if quick else (1, 2):
+                sides = [k for k, _ in branches]
+                one(stage_maps(1, shape, dtype), False, parts, sides, shape[3], stride)
+            second = [n for output in range(2 * edges) for n in (output, output, 0, 1, 0)]
+            one(stage_maps(2 * edges, shape, dtype), True, second, [3, 5] * edges, shape[3], 1)
+        if not quick:
+            one(stage_maps(1, (64, 32, 32, 3), dtype), False, [0, 0, 0, 1, 0], [0], shape[3], 1)
+            one(stage_maps(1, (*shape[:3], 4 * shape[3]), dtype), False, [0, 0, 0, 1, 0], [0], shape[3], 1)
+
+
+def call_pool_stage(dtype: torch.dtype, quick: bool) -> None:
+    from fastnas.kernels import pool_stage as op
+
+    for shape in [(64, 32, 32, 16), *([] if quick else [(64, 8, 8, 64), (3, 5, 7, 9)])]:
+        for stride in (1,) if quick else (1, 2):
+            (x,) = stage_maps(1, shape, dtype)
+            pooled, _ = op.pool_stage_fwd(x, stride, True)
+            for count in (4,) if quick else (1, 4):
+                scales, coef = (torch.empty((n, 3, shape[3]), dtype=dtype, device="meta") for n in (count, 2))
+                op.pool_stage_bwd(x, [pooled[0]] * count, scales, coef, stride, x)
+                op.pool_stage_bwd(x, [pooled[0]] * count, scales, coef, stride, None)
+
+
+def call_partial_join(dtype: torch.dtype, quick: bool) -> None:
+    from fastnas.kernels import partial_join as op
+
+    for shape in [(256, 32, 32, 16), *([] if quick else [(64, 8, 8, 64), (3, 5, 7, 12)])]:
+        channels, k = shape[3], 4
+        (x,) = stage_maps(1, shape, dtype)
+        for stride in (2,) if quick else (1, 2):
+            size = (shape[0], -(-shape[1] // stride), -(-shape[2] // stride))
+            (mixed,) = stage_maps(1, (*size, channels // k), dtype)
+            (d_mixed,) = stage_maps(1, (*shape[:3], channels // k), dtype)
+            for later in (3,) if quick else (0, 3):
+                states = [x, x, *stage_maps(later, (*size, channels), dtype)]
+                betas = torch.empty(len(states), dtype=dtype, device="meta")
+                (out,) = stage_maps(1, (*size, channels), dtype)
+                strides = [stride, stride, *[1] * later]
+                op.partial_join(out, mixed, states, strides, betas, k)
+                op.partial_join_bwd(out, states, strides, k)
+            for base in (None, x):
+                op.partial_join_dx(x, [out] * 4, betas, stride, k, d_mixed, base)
+
+
 OPS: dict[str, Callable[[torch.dtype, bool], None]] = {
     "mixed_sum": call_mixed_sum,
     "path_dropout": call_path_dropout,
@@ -156,6 +239,10 @@ OPS: dict[str, Callable[[torch.dtype, bool], None]] = {
     "gumbel_softmax": call_gumbel_softmax,
     "norm_mixed_sum": call_norm_mixed_sum,
     "depthwise_bank": call_depthwise_bank,
+    "node_sum": call_node_sum,
+    "conv_stage": call_conv_stage,
+    "pool_stage": call_pool_stage,
+    "partial_join": call_partial_join,
 }
 
 
@@ -197,6 +284,10 @@ def _seen(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Laun
         if value is None or (type(value) is int and value == 1 and not free):
             folded[parameter.name] = value
             types.append((parameter.name, "constexpr"))
+        elif isinstance(value, tuple) and isinstance(value[0], int):
+            # A 1 would be a constant in a real launch: the maps above have none.
+            types.append((parameter.name, tuple("i32" for _ in value)))
+            aligned += [(i, j) for j, number in enumerate(value) if number % 16 == 0]
         elif isinstance(value, tuple):
             types.append((parameter.name, tuple(f"*{TYPES[t.dtype]}" for t in value)))
             aligned += [(i, j) for j in range(len(value))]

@@ -73,3 +73,17 @@ def _run(call: Callable[..., Tensor], f: Callable[..., Tensor], tensors: Sequenc
     leaves = [t if t is None or not t.is_floating_point() else t.detach().requires_grad_() for t in tensors]
     y = call(f, *leaves)
     return y, *torch.autograd.grad(y, [t for t in leaves if t is not None and t.requires_grad], g)
+
+
+@pytest.fixture
+def near() -> Callable[..., None]:
+    """``near(value, exact)``: a norm-wise comparison with float64, for sums over thousands of pixels."""
+
+    def check(value: Tensor, exact: Tensor, tolerance: float | None = None) -> None:
+        if tolerance is None:
+            tolerance = 1e-12 if value.dtype == torch.float64 else 2e-5
+        assert value.shape == exact.shape
+        error = float((value.double() - exact.double()).norm())
+        assert error <= tolerance * float(exact.double().norm().clamp_min(1e-30))
+
+    return check

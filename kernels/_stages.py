@@ -1,0 +1,145 @@
+"""What the kernels of the engine's stages share: maps with a pixel pitch, lists indexed at run time, statistics.
+
+A map is ``[B, H, W, C]`` with neighbouring channels; ``pitch`` elements lie between one pixel and the next. Position
+``q = (b H + h) W + w`` counts its pixels, so that its address is ``q pitch + c``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastnas.kernels import _launch
+
+
+def pitch(x: Tensor) -> int:
+    """Elements from one pixel of the map ``x`` to the next.
+
+    Raises:
+        RuntimeError: the channels are not neighbours, or the pixels not evenly spaced.
+    """
+    batch, height, width, channels = x.shape
+    step = x.stride(2) if width > 1 else x.stride(1) if height > 1 else x.stride(0) if batch > 1 else channels
+    wanted = (height * width * step, width * step, step, 1)
+    regular = all(size == 1 or have == want for size, have, want in zip(x.shape, x.stride(), wanted, strict=True))
+    if x.numel() and not (regular and step >= channels):
+        raise RuntimeError("the channels of a map must be neighbours in memory, its pixels evenly spaced")
+    return step
+
+
+def pitches(xs: Sequence[Tensor]) -> tuple[int, ...]:
+    """The pitch of every map."""
+    return tuple(pitch(x) for x in xs)
+
+
+def block(count: int, limit: int, least: int = 1) -> int:
+    """Channels or positions of a tile: a power of two that holds them all, between ``least`` and ``limit``."""
+    return max(least, min(triton.next_power_of_2(count), limit))
+
+
+def tiles(kernel: str, x: Tensor, channels: int) -> tuple[int, int, dict[str, Any]]:
+    """Tiles along the positions of ``x`` and along its ``channels``; the constants ACC, BQ, BC and those of the table.
+
+    The table's BLOCK is split into BC channels, all of them where they fit, and BQ positions.
+    """
+    at = _launch.config(kernel, x)
+    size = at.pop("BLOCK")
+    bc = block(channels, min(64, size))
+    positions = x.numel() // x.shape[-1]
+    bq = min(size // bc, triton.next_power_of_2(positions))
+    _, acc = _launch.accumulate_in(x.dtype)
+    return triton.cdiv(positions, bq), triton.cdiv(channels, bc), {"ACC": acc, "BQ": bq, "BC": bc, **at}
+
+
+@triton.jit
+def pick(p_xs, i, N: tl.constexpr):
+    """Pointer i of a tuple of N: a chain of selects, because a tuple has constant indices only."""
+    b_at = p_xs[0].to(tl.int64)
+    for n in tl.static_range(1, N):
+        b_at = tl.where(i == n, p_xs[n].to(tl.int64), b_at)
+    return b_at.to(p_xs[0].dtype)
+
+
+@triton.jit
+def pick_number(numbers, i, N: tl.constexpr):
+    """Number i of a tuple of N, as int64."""
+    b_at = tl.cast(numbers[0], tl.int64)
+    for n in tl.static_range(1, N):
+        b_at = tl.where(i == n, tl.cast(numbers[n], tl.int64), b_at)
+    return b_at
+
+
+@triton.jit
+def row_of(p, o_c, C, ACC: tl.constexpr):
+    """Coefficients of the channels o_c [BC], as [1, BC]."""
+    return tl.load(p + o_c, mask=o_c < C, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit
+def store_statistics(b_z, m, p_part, rows, mask, T, count, ACC: tl.constexpr):
+    """Mean and sum of squared deviations of the columns of the tile ``b_z`` [BQ, BC], ``count`` of its rows counting.
+
+    ``p_part`` points at this tile's place in row 0 of [2, rows, T]; deviations are taken from the tile's own mean.
+    """
+    b_near = tl.sum(tl.where(m, b_z, 0.0), 0) / count
+    b_off = tl.where(m, b_z - b_near[None, :], 0.0)
+    b_rest = tl.sum(b_off, 0) / count
+    b_m2 = tl.sum(b_off * b_off, 0) - count * b_rest * b_rest
+    tl.store(p_part, b_near.to(tl.float64) + b_rest.to(tl.float64), mask=mask)
+    tl.store(p_part + tl.cast(rows, tl.int64) * T, b_m2.to(tl.float64), mask=mask)
+
+
+@triton.jit
+def stage_statistics_kernel(p_parts, p_stats, R, C, Q, T, BQ: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
+    """Mean and biased variance, ``stats [R / C, 2, C]``, of R rows from T tiles of BQ positions each; in float64.
+
+    ``mean = sum_t n_t mean_t / Q`` and ``var = sum_t (M2_t + n_t (mean_t - mean)^2) / Q`` (Chan et al. 1979).
+
+    Grid: R / BR programs. Tile: BR rows by BT parts. Reads 3 R T parts, writes 2 R numbers. Bound by its launch.
+    """
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_t = tl.arange(0, BT)
+    p_row = p_parts + o_r[:, None] * T + o_t[None, :]
+    b_sum = tl.zeros((BR, BT), tl.float64)
+    start = 0
+    while start < T:
+        m = (o_r < R)[:, None] & (start + o_t < T)[None, :]
+        b_n = tl.minimum(Q - (start + o_t).to(tl.int64) * BQ, BQ).to(tl.float64)[None, :]
+        b_sum += tl.load(p_row + start, mask=m, other=0.0) * b_n
+        start += BT
+    b_mean = tl.sum(b_sum, 1) / Q  # [BR]
+    b_m2 = tl.zeros((BR, BT), tl.float64)
+    start = 0
+    while start < T:
+        m = (o_r < R)[:, None] & (start + o_t < T)[None, :]
+        b_n = tl.minimum(Q - (start + o_t).to(tl.int64) * BQ, BQ).to(tl.float64)[None, :]
+        b_off = tl.load(p_row + start, mask=m, other=0.0) - b_mean[:, None]
+        b_m2 += tl.load(p_row + tl.cast(R, tl.int64) * T + start, mask=m, other=0.0)
+        b_m2 += tl.where(m, b_n * b_off * b_off, 0.0)
+        start += BT
+    p_out = p_stats + o_r // C * 2 * C + o_r % C
+    to = p_stats.dtype.element_ty
+    tl.store(p_out, b_mean.to(tl.float32).to(to) if to != tl.float64 else b_mean, mask=o_r < R)
+    b_var = tl.sum(b_m2, 1) / Q
+    tl.store(p_out + C, b_var.to(tl.float32).to(to) if to != tl.float64 else b_var, mask=o_r < R)
+
+
+def statistics(parts: Tensor, like: Tensor, maps: int, positions: int, bq: int) -> Tensor:
+    """Mean and biased variance ``[maps, 2, C]`` from what ``store_statistics`` wrote, ``parts [2, maps C, T]``."""
+    _, rows, count = parts.shape
+    channels = rows // maps
+    stats = like.new_empty(maps, 2, channels)
+    at = _launch.config("stage_statistics", stats)
+    args = (parts, stats, rows, channels, positions, count)
+    _launch.launch(like.device, stage_statistics_kernel, triton.cdiv(rows, at["BR"]), *args, BQ=bq, **at)
+    return stats
+
+
+def new_parts(like: Tensor, *shape: int) -> Tensor:
+    """Room for partial sums, float64."""
+    return torch.empty(shape, dtype=torch.float64, device=like.device)
