@@ -35,7 +35,7 @@ from fastnas.spaces import DartsSpace, Genotype, load_genotype
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 CHILDREN = 24  # random genotypes whose mean is a child
-SMALL = {"batch_size": 16}  # of the measurements: the papers' networks on few images
+SMALL = {"batch_size": 8}  # of the measurements: the papers' networks on few images
 
 
 class Pass:
@@ -88,7 +88,7 @@ def passes() -> Iterator[dict[str, Any]]:
         yield row
     rng = random.Random(0)
     genotypes = [DartsSpace().random_genotype(rng) for _ in range(CHILDREN)]
-    for executor in EXECUTORS:
+    for executor in ("plain", "fused"):
         sizes = [
             predict(Pass(genotype=g, executor=executor), Inputs(CIFAR, 64), name="child").saved_bytes for g in genotypes
         ]
@@ -104,17 +104,17 @@ def passes() -> Iterator[dict[str, Any]]:
 
 def steps() -> Iterator[dict[str, Any]]:
     """Peaks of whole search steps, by method, executor and setting."""
-    for method in METHODS:
-        yield step(method, {})
+    yield step("pc_darts", {})
     for executor in EXECUTORS:
         for method in METHODS:
             yield step(method, {"batch_size": 64, "executor": executor})
         yield step("darts", {"batch_size": 64, "executor": executor, "order": 2})
-        for k in (1, 2, 4, 8):
-            yield step("pc_darts", {"batch_size": 64, "executor": executor, "partial": k})
-        for samples in (1, 4, 16, 64):
-            yield step("parsec", {"batch_size": 64, "executor": executor, "samples": samples})
-    for method in METHODS:
+    for k in (1, 2, 8):  # beside 4
+        yield step("pc_darts", {"batch_size": 64, "executor": "plain", "partial": k})
+        yield step("pc_darts", {"batch_size": 64, "executor": "fused", "partial": k})
+    for samples in (1, 4, 64):  # beside 16
+        yield step("parsec", {"batch_size": 64, "samples": samples})
+    for method in ("darts", "pc_darts", "parsec"):
         yield step(method, {"batch_size": 1024}, IMAGENET, classes=1000)
 
 
@@ -142,14 +142,17 @@ def step(
 def measurements() -> Iterator[dict[str, Any]]:
     """Prediction against the tracker, the allocator and resident memory, each in a process of its own."""
     cases: list[tuple[str, dict[str, Any]]] = [
-        (method, {"executor": executor}) for method in METHODS for executor in EXECUTORS
+        (method, {"executor": executor}) for method in METHODS for executor in ("plain", "fused")
     ]
+    cases += [(method, {"executor": "lean"}) for method in ("darts", "pc_darts", "parsec")]
     cases.append(("darts", {"executor": "fused", "order": 2}))
     for method, flags in cases:
         # Tempered weights let every child of PARSEC run, as a prediction supposes.
         flags = SMALL | flags | ({"likelihood": "mean", "samples": 4} if method == "parsec" else {})
-        counted, resident_peak = (_elsewhere(task, method, flags) for task in ("measure", "resident"))
-        yield {"measured": method, "settings": flags} | counted | resident_peak
+        row = {"measured": method, "settings": flags} | _elsewhere("measure", method, flags)
+        if method in ("darts", "pc_darts", "parsec"):
+            row |= _elsewhere("resident", method, flags)
+        yield row
 
 
 def measure(method: str, flags: dict[str, Any]) -> dict[str, Any]:
@@ -193,7 +196,7 @@ def fits() -> Iterator[dict[str, Any]]:
         yield {"fit": method, "settings": flags} | _elsewhere("fit", method, flags)
 
 
-def fit(method: str, flags: dict[str, Any], limit: int = 2**30) -> dict[str, Any]:
+def fit(method: str, flags: dict[str, Any], limit: int = 2**28) -> dict[str, Any]:
     (subject,) = profile.method_steps(flags, methods=[method], image=CIFAR)
     batch = subject.largest_batch(limit)
     larger = -(-11 * batch // 10)
