@@ -24,6 +24,7 @@ from fastnas.errors import UserError
 from fastnas.profiler.footprint import Footprint
 from fastnas.profiler.step import Inputs, Trains, predict
 from fastnas.search import build_method, resolve
+from fastnas.timing import ARCHITECTURE_STEPS
 
 EXECUTOR_OF = {"plain": "plain", "plain_channels_last": "plain", "fused": "fused", "fused_lean": "lean"}
 ROWS = tuple(EXECUTOR_OF)
@@ -206,7 +207,7 @@ class Stopwatch:
         grad, backward = torch.autograd.grad, torch.Tensor.backward
         torch.autograd.grad = wrapped("backward", grad)
         torch.Tensor.backward = wrapped("backward", backward)
-        functions = [name for name in ("architecture_step", "_log_likelihoods") if hasattr(work, name)]
+        functions = [name for name in ARCHITECTURE_STEPS if hasattr(work, name)]
         for name in functions:
             setattr(work, name, wrapped("architecture", getattr(work, name)))
         try:
