@@ -141,16 +141,15 @@ def step(
 
 def measurements() -> Iterator[dict[str, Any]]:
     """Prediction against the tracker, the allocator and resident memory, each in a process of its own."""
-    cases: list[tuple[str, dict[str, Any]]] = [
-        (method, {"executor": executor}) for method in METHODS for executor in ("plain", "fused")
-    ]
-    cases += [(method, {"executor": "lean"}) for method in ("darts", "pc_darts", "parsec")]
+    main = ("darts", "pc_darts", "parsec")
+    cases: list[tuple[str, dict[str, Any]]] = [(method, {"executor": "fused"}) for method in METHODS]
+    cases += [(method, {"executor": executor}) for method in main for executor in ("plain", "lean")]
     cases.append(("darts", {"executor": "fused", "order": 2}))
     for method, flags in cases:
         # Tempered weights let every child of PARSEC run, as a prediction supposes.
         flags = SMALL | flags | ({"likelihood": "mean", "samples": 4} if method == "parsec" else {})
         row = {"measured": method, "settings": flags} | _elsewhere("measure", method, flags)
-        if method in ("darts", "pc_darts", "parsec"):
+        if method in main:
             row |= _elsewhere("resident", method, flags)
         yield row
 
