@@ -26,7 +26,7 @@ import fastnas
 from bench.report import machine_line
 from fastnas import profile
 from fastnas.engine.mixture import Alphas
-from fastnas.engine.supernet import Supernet
+from fastnas.engine.supernet import EXECUTORS, Supernet
 from fastnas.engine.training import Batch
 from fastnas.methods import METHODS
 from fastnas.profiler.step import Inputs, predict
@@ -39,14 +39,23 @@ SMALL = {"batch_size": 8}  # of the measurements: the papers' networks on few im
 
 
 class Pass:
-    """One forward and backward pass of the plain supernet, as `fastnas.profiler.step.Trains`.
+    """One forward and backward pass of the supernet, as `fastnas.profiler.step.Trains`.
 
     With alphas that need a gradient and weights that do, it is what DARTS's released code does in each of its steps.
     """
 
-    def __init__(self, *, k: int = 1, genotype: Genotype | None = None, weights: bool = True, alphas: bool = True):
+    def __init__(
+        self,
+        *,
+        k: int = 1,
+        genotype: Genotype | None = None,
+        weights: bool = True,
+        alphas: bool = True,
+        executor: str = "plain",
+    ) -> None:
         space = DartsSpace()
-        self.supernet = Supernet(space, channels=16, cells=8, classes=10, k=k).requires_grad_(weights)
+        supernet = Supernet(space, channels=16, cells=8, classes=10, k=k, executor=executor)
+        self.supernet = supernet.requires_grad_(weights)
         self.alphas = Alphas(space, edge_normalisation=k > 1).requires_grad_(alphas)
         self.genotype = genotype
 
@@ -56,7 +65,7 @@ class Pass:
 
 
 def passes() -> Iterator[dict[str, Any]]:
-    """Saved bytes of single passes, on plain PyTorch and on the ops of this library."""
+    """Saved bytes of single passes: on plain PyTorch, on the ops of this library, and on the fused executors."""
     cases: list[tuple[str, int, dict[str, Any]]] = [
         ("DARTS", 64, {}),
         ("DARTS, weights alone", 64, {"alphas": False}),
@@ -67,32 +76,45 @@ def passes() -> Iterator[dict[str, Any]]:
     ]
     for name, batch_size, options in cases:
         row: dict[str, Any] = {"pass": name, "batch_size": batch_size}
-        for key, backend in (("plain_saved", "reference"), ("saved", "native")):
+        for key, backend, executor in (
+            ("plain_saved", "reference", "plain"),
+            ("saved", "native", "plain"),
+            ("fused_saved", "native", "fused"),
+            ("lean_saved", "native", "lean"),
+        ):
             with fastnas.backend(backend):
-                footprint = predict(Pass(**options), Inputs(CIFAR, batch_size), name=name)
+                footprint = predict(Pass(**options, executor=executor), Inputs(CIFAR, batch_size), name=name)
             row[key] = footprint.saved_bytes
         yield row
     rng = random.Random(0)
     genotypes = [DartsSpace().random_genotype(rng) for _ in range(CHILDREN)]
-    sizes = [predict(Pass(genotype=g), Inputs(CIFAR, 64), name="child").saved_bytes for g in genotypes]
-    mean = round(sum(sizes) / len(sizes))
-    yield {"pass": f"{CHILDREN} random children", "batch_size": 64, "saved": mean} | {
-        "smallest": min(sizes),
-        "largest": max(sizes),
-    }
+    for executor in ("plain", "fused"):
+        sizes = [
+            predict(Pass(genotype=g, executor=executor), Inputs(CIFAR, 64), name="child").saved_bytes for g in genotypes
+        ]
+        yield {
+            "pass": f"{CHILDREN} random children",
+            "executor": executor,
+            "batch_size": 64,
+            "saved": round(sum(sizes) / len(sizes)),
+            "smallest": min(sizes),
+            "largest": max(sizes),
+        }
 
 
 def steps() -> Iterator[dict[str, Any]]:
-    """Peaks of whole search steps, by method and setting."""
-    for method in METHODS:
-        yield step(method, {})
-        yield step(method, {"batch_size": 64})
-    yield step("darts", {"batch_size": 64, "order": 2})
-    for k in (1, 2, 4, 8):
-        yield step("pc_darts", {"batch_size": 64, "partial": k})
-    for samples in (1, 4, 16, 64):
+    """Peaks of whole search steps, by method, executor and setting."""
+    yield step("pc_darts", {})
+    for executor in EXECUTORS:
+        for method in METHODS:
+            yield step(method, {"batch_size": 64, "executor": executor})
+        yield step("darts", {"batch_size": 64, "executor": executor, "order": 2})
+    for k in (1, 2, 8):  # beside 4
+        yield step("pc_darts", {"batch_size": 64, "executor": "plain", "partial": k})
+        yield step("pc_darts", {"batch_size": 64, "executor": "fused", "partial": k})
+    for samples in (1, 4, 64):  # beside 16
         yield step("parsec", {"batch_size": 64, "samples": samples})
-    for method in METHODS:
+    for method in ("darts", "pc_darts", "parsec"):
         yield step(method, {"batch_size": 1024}, IMAGENET, classes=1000)
 
 
@@ -119,13 +141,17 @@ def step(
 
 def measurements() -> Iterator[dict[str, Any]]:
     """Prediction against the tracker, the allocator and resident memory, each in a process of its own."""
-    cases: list[tuple[str, dict[str, Any]]] = [(method, {}) for method in METHODS]
-    cases.append(("darts", {"order": 2}))
+    main = ("darts", "pc_darts", "parsec")
+    cases: list[tuple[str, dict[str, Any]]] = [(method, {"executor": "fused"}) for method in METHODS]
+    cases += [(method, {"executor": executor}) for method in main for executor in ("plain", "lean")]
+    cases.append(("darts", {"executor": "fused", "order": 2}))
     for method, flags in cases:
         # Tempered weights let every child of PARSEC run, as a prediction supposes.
         flags = SMALL | flags | ({"likelihood": "mean", "samples": 4} if method == "parsec" else {})
-        counted, resident_peak = (_elsewhere(task, method, flags) for task in ("measure", "resident"))
-        yield {"measured": method, "settings": flags} | counted | resident_peak
+        row = {"measured": method, "settings": flags} | _elsewhere("measure", method, flags)
+        if method in main:
+            row |= _elsewhere("resident", method, flags)
+        yield row
 
 
 def measure(method: str, flags: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +195,7 @@ def fits() -> Iterator[dict[str, Any]]:
         yield {"fit": method, "settings": flags} | _elsewhere("fit", method, flags)
 
 
-def fit(method: str, flags: dict[str, Any], limit: int = 2**30) -> dict[str, Any]:
+def fit(method: str, flags: dict[str, Any], limit: int = 2**28) -> dict[str, Any]:
     (subject,) = profile.method_steps(flags, methods=[method], image=CIFAR)
     batch = subject.largest_batch(limit)
     larger = -(-11 * batch // 10)

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.config import add_flags, given
+from fastnas.engine.supernet import EXECUTORS
 from fastnas.errors import UserError, did_you_mean
 from fastnas.info import IMAGENET_SIZE
 from fastnas.methods import METHODS, WeightSettings
@@ -64,6 +65,7 @@ def method_steps(
     flags: Mapping[str, Any],
     *,
     methods: Sequence[str] = DEFAULT_METHODS,
+    executors: Sequence[str] = (),
     image: tuple[int, int, int] = (3, 32, 32),
     classes: int = 10,
     device: torch.device = CPU,
@@ -72,10 +74,15 @@ def method_steps(
 ) -> list[Subject]:
     """The search steps of methods, each with its paper's preset and then `flags` (as of `python -m fastnas.search`).
 
-    A setting that only some of the methods have goes to these. `image`: [C, H, W]; from 128 pixels on the stem is
-    that of ImageNet unless `flags` say otherwise; `steps`: steps to follow, for methods that sample.
-    Raises UserError for an unknown method or setting.
+    A setting that only some of the methods have goes to these. `executors`: run each method on each of them, to be
+    compared, as steps named "darts, lean"; `image`: [C, H, W]; from 128 pixels on the stem is that of ImageNet unless
+    `flags` say otherwise; `steps`: steps to follow, for methods that sample.
+    Raises UserError for an unknown method, executor or setting.
     """
+    if executors:
+        return _compared(
+            executors, flags, methods=methods, image=image, classes=classes, device=device, dtype=dtype, steps=steps
+        )
     for name in methods:
         if name not in METHODS:
             raise UserError(f"unknown method {name!r}{did_you_mean(name, METHODS)}; there are {', '.join(METHODS)}")
@@ -94,6 +101,19 @@ def method_steps(
             raise UserError("the profiler needs a number of images: give --fit SIZE to find the largest batch")
         subjects.append(search_step(plan, classes, image, device, dtype=dtype, steps=steps))
     return subjects
+
+
+def _compared(executors: Sequence[str], flags: Mapping[str, Any], **more: Any) -> list[Subject]:
+    for name in executors:
+        if name not in EXECUTORS:
+            raise UserError(
+                f"unknown executor {name!r}{did_you_mean(name, EXECUTORS)}; there are {', '.join(EXECUTORS)}"
+            )
+    columns = [
+        [replace(step, name=f"{step.name}, {name}") for step in method_steps({**flags, "executor": name}, **more)]
+        for name in executors
+    ]
+    return [step for of_method in zip(*columns, strict=True) for step in of_method]
 
 
 def module_step(
@@ -187,6 +207,7 @@ def build_parser() -> ArgumentParser:
         epilog="docs/profiler.md says what is counted. 1 GB = 10^9 bytes, 1 GiB = 2^30 bytes.",
     )
     parser.add_argument("--methods", default=",".join(DEFAULT_METHODS), help="comma-separated [%(default)s]")
+    parser.add_argument("--executors", metavar="LIST", help="compare these: plain,fused,lean instead of one --executor")
     parser.add_argument("--module", metavar="PKG:FUNCTION", help="profile the module that this function makes instead")
     parser.add_argument("--image-size", type=int, default=32, help="side of the images in pixels [32]")
     parser.add_argument("--in-channels", type=int, default=3, help="channels of the images [3]")
@@ -256,10 +277,13 @@ def _subjects(arguments: argparse.Namespace, device: torch.device) -> list[Subje
     flags = given(arguments, WeightSettings, *_settings())
     image = (arguments.in_channels, arguments.image_size, arguments.image_size)
     dtype = DTYPES[arguments.dtype]
+    if arguments.executors and (arguments.module or "executor" in flags):
+        raise UserError("--executors compares the executors of search methods: drop it, or --executor and --module")
     if arguments.module is None:
         return method_steps(
             flags,
             methods=[name.strip().replace("-", "_") for name in arguments.methods.split(",")],
+            executors=[name.strip() for name in (arguments.executors or "").split(",") if name.strip()],
             image=image,
             classes=arguments.classes,
             device=device,

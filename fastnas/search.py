@@ -34,6 +34,7 @@ from fastnas.settings import CHANGEABLE_ON_RESUME, DataSettings, RuntimeSettings
 from fastnas.spaces import SPACES, Genotype
 from fastnas.spaces.derive import count_skips
 from fastnas.spaces.genotype import live_edges
+from fastnas.timing import StepTimes
 
 DEFAULT_METHOD = "pc_darts"
 AUTO = "auto"
@@ -209,14 +210,20 @@ def _search(
     steps = len(train_stream)
     train_batches = train_stream.from_step(first_epoch * steps)
     search_batches = search_stream.from_step(first_epoch * steps)
+    times = StepTimes()
+    times.watch(method)
     with Progress(plan.weights.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress:
         for epoch in range(first_epoch, plan.weights.epochs):
             started = time.perf_counter()
+            times.clear()
             progress.start_epoch(epoch)
             method.start_epoch(epoch)
             means = Means()
             for index in range(epoch * steps, (epoch + 1) * steps):
-                figures = method.step(index, next(train_batches), next(search_batches))
+                with times.part("data"):
+                    batches = next(train_batches), next(search_batches)
+                with times.part("step"):
+                    figures = method.step(index, *batches)
                 means.add(figures)
                 progress.step(figures)
             record = {"epoch": epoch, **means.read()}
@@ -233,9 +240,8 @@ def _search(
             record = skips | record
             _warn_of_collapse(record["skips_normal"], genotype, progress)
             run.append_metrics(record | {"genotype": genotype.to_darts()})
-            run.append_timing(
-                {"epoch": epoch, "train_s": trained - started, "evaluate_s": time.perf_counter() - trained}
-            )
+            seconds = {"train_s": trained - started, **times.split(), "evaluate_s": time.perf_counter() - trained}
+            run.append_timing({"epoch": epoch, **seconds})
             run.write_genotype(genotype)
             _save(run, epoch, method)
             progress.end_epoch(record)

@@ -55,6 +55,16 @@ def test_it_compares_methods_in_a_table(capsys: pytest.CaptureFixture[str], tmp_
     assert any(text.startswith("peak ") and text.endswith("B") for text in texts["time.svg"])
 
 
+def test_it_compares_executors(capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads(run(capsys, *SMALL, "--methods", "darts", "--executors", "plain,fused,lean", "--json", "-"))
+    steps = {row["predicted"]["name"]: row["predicted"] for row in report["rows"]}
+    assert list(steps) == ["darts, plain", "darts, fused", "darts, lean"]
+    plain, fused, lean = (step["saved_bytes"] for step in steps.values())
+    assert lean < fused < plain
+    alone = json.loads(run(capsys, *SMALL, "--methods", "darts", "--executor", "lean", "--json", "-"))
+    assert alone["rows"][0]["predicted"]["saved_bytes"] == lean
+
+
 def _texts(path: Path) -> set[str]:
     return {element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")}
 
@@ -83,6 +93,8 @@ def test_a_module_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Path
     [
         ("--methods dats", "unknown method 'dats'; did you mean 'darts'?"),
         ("--methods parsec --order 2", "order is a setting of none of the methods parsec"),
+        ("--executors plain,fast", "unknown executor 'fast'"),
+        ("--executors plain --executor lean", "drop it, or --executor and --module"),
         ("--fit much", "a size must be a number with a unit such as 12GiB"),
         ("--device tpu", "device must be auto, cpu or cuda"),
         ("--device cpu --snapshot x", "--snapshot needs --measure on a CUDA device"),

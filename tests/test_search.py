@@ -138,13 +138,17 @@ def test_a_search_leaves_a_run_folder(case, whole):
     assert records[-1]["genotype"] == genotype.to_darts()
     assert (run / "cells.svg").read_text().startswith("<svg")
     for line in (run / "timing.jsonl").read_text().splitlines():
-        assert json.loads(line)["train_s"] > 0
+        seconds = json.loads(line)
+        assert 0 < seconds["data_s"] + seconds["weights_s"] + seconds["architecture_s"] <= seconds["train_s"]
+        assert min(seconds["data_s"], seconds["weights_s"]) > 0 <= seconds["architecture_s"]
 
 
 def test_the_warm_up_trains_no_alphas(whole):
     records = search.RunFolder.open(whole["pc_darts"]).metrics()
     assert ["search_loss" in record for record in records] == [False, True, True]
     assert records[0]["entropy"] != records[1]["entropy"]
+    times = [json.loads(line) for line in (whole["pc_darts"] / "timing.jsonl").read_text().splitlines()]
+    assert [epoch["architecture_s"] > 0 for epoch in times] == [False, True, True]
 
 
 @pytest.mark.parametrize("case", CASES)

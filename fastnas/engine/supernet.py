@@ -54,6 +54,25 @@ class SupernetCell(nn.Module):
         self,
         s0: Tensor,
         s1: Tensor,
+        architecture: Mixture | Genotype,
+        *,
+        executor: str = "plain",
+        channels: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs s0, s1 of the two cells before it -> the concatenation of the nodes, [B, nodes * C, H', W'].
+
+        `channels`: int64 [E, C/K], the random channels of its edges, which only the plain executor has, or None.
+        """
+        if executor != "plain" and channels is None:
+            return run_fused(self, s0, s1, architecture, lean=executor == "lean")
+        if isinstance(architecture, Genotype):
+            return self.forward_path(s0, s1, architecture.reduce if self.reduction else architecture.normal)
+        return self.forward_mixture(s0, s1, *architecture.of_cell(self.reduction), channels)
+
+    def forward_mixture(
+        self,
+        s0: Tensor,
+        s1: Tensor,
         weights: Tensor,
         edge_weights: Tensor | None = None,
         active: Active | None = None,
@@ -98,15 +117,6 @@ class SupernetCell(nn.Module):
             ]
             states.append(reduce(operator.add, outputs))
         return torch.cat(states[2:], dim=1)
-
-
-def run_plain(
-    cell: SupernetCell, s0: Tensor, s1: Tensor, architecture: Mixture | Genotype, channels: Tensor | None
-) -> Tensor:
-    """Run a cell module by module. `channels`: int64 [E, C/K], the random channels of its edges, or None."""
-    if isinstance(architecture, Genotype):
-        return cell.forward_path(s0, s1, architecture.reduce if cell.reduction else architecture.normal)
-    return cell(s0, s1, *architecture.of_cell(cell.reduction), channels)
 
 
 class Supernet(nn.Module):
@@ -167,8 +177,8 @@ class Supernet(nn.Module):
         A Mixture runs every candidate (DARTS, eq. 2); a Genotype runs its sampled path alone, at the cost and
         memory of one child network.
         """
-        fused = self.executor != "plain" and x.dtype in FUSED_DTYPES
-        if fused:
+        executor = self.executor if x.dtype in FUSED_DTYPES else "plain"
+        if executor != "plain":
             x = x.contiguous(memory_format=torch.channels_last)
         s0, s1 = self.stem(x)
         generator = None
@@ -176,8 +186,5 @@ class Supernet(nn.Module):
             generator = torch.Generator().manual_seed(architecture.channel_seed)
         for cell in self.cells:
             channels = None if generator is None else cell.random_channels(generator).to(x.device)
-            if fused and channels is None:
-                s0, s1 = s1, run_fused(cell, s0, s1, architecture, lean=self.executor == "lean")
-            else:
-                s0, s1 = s1, run_plain(cell, s0, s1, architecture, channels)
+            s0, s1 = s1, cell(s0, s1, architecture, executor=executor, channels=channels)
         return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))

@@ -135,7 +135,7 @@ def _saved(entry: Pass, candidates: Sequence[str]) -> Saved:
     by_module: Counter[str] = Counter()
     for block in entry.saved:
         if block.category == SAVED:
-            by_module[block.module] += block.size
+            by_module.update(block.shares or {block.module: block.size})
     return Saved(
         phase=entry.phase,
         bytes=entry.bytes,

@@ -143,9 +143,19 @@ def _run(method: Trains, tracker: Tracker, batches: Sequence[Batch], steps: int)
     for tensor, category in _owned(method):
         tracker.own([tensor], category)
     tracker.own((tensor for batch in batches for tensor in batch), BATCH)
+    primed = {
+        parameter: tracker.block_of(parameter.grad)
+        for module in _modules(method)
+        for parameter in module.parameters()
+        if parameter.grad is not None
+    }
     with _labelled(method, tracker):
         for index in range(steps):
             method.step(index, *batches)
+    for tensor, category in _owned(method):  # again: a step may have put its own tensors in the place of buffers
+        tracker.own([tensor], category)
+    # A step that leaves a parameter without gradient, as that of a sampled path does, has none at its start either.
+    tracker.withdraw(block for parameter, block in primed.items() if parameter.grad is None and block)
 
 
 def _summary(tracker: Tracker, method: Trains, inputs: Inputs, name: str, kind: str) -> Footprint:

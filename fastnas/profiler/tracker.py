@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,16 +29,19 @@ CATEGORIES = (
     "temporaries",
 )
 _DEVICE = torch.ops.prim.device.default
+_STAGE = torch.ops.fastnas.conv_stage_fwd.default
 BATCH, SAVED, TEMPORARY = "input batch", "saved activations", "temporaries"
 
 
 @dataclass(eq=False)
 class Block:
-    """One storage. `module`: the module that made it; `category`: known from its owner, or found in the end."""
+    """One storage. `module`: the module that made it; `shares`: bytes of each module, where a fused op made it for
+    several; `category`: known from its owner, or found in the end."""
 
     size: int
     module: str
     category: str = TEMPORARY
+    shares: dict[str, int] | None = None
 
 
 @dataclass(eq=False)
@@ -80,6 +84,7 @@ class Tracker(TorchDispatchMode):
         self.flops = {"forward": 0, "backward": 0}
         self._granularity = granularity
         self._modules = modules or {}
+        self._owners = {id(p): name for part, name in self._modules.items() for p in part.parameters(recurse=False)}
         self._stack = [""]
         self._labels = ["step"]
         self._alive: dict[int, tuple[weakref.ref, Block]] = {}
@@ -120,6 +125,8 @@ class Tracker(TorchDispatchMode):
                     self._see(part)
         elif out is not None:
             return out  # a question about a tensor, not an operation
+        if func is _STAGE:
+            self._share(out[0], args[4])
         self.operations += 1
         if _in_backward():
             self._pass = None  # what is saved after this belongs to another pass
@@ -147,8 +154,18 @@ class Tracker(TorchDispatchMode):
         """Announce tensors that exist, or whose purpose is known only now."""
         for tensor in tensors:
             self._see(tensor)
-            if entry := self._alive.get(tensor.untyped_storage()._cdata):
-                entry[1].category = category
+            if block := self.block_of(tensor):
+                block.category = category
+
+    def block_of(self, tensor: Tensor) -> Block | None:
+        """The block that the tensor lies in; None for a tensor without elements."""
+        entry = self._alive.get(tensor.untyped_storage()._cdata)
+        return entry[1] if entry else None
+
+    def withdraw(self, blocks: Iterable[Block]) -> None:
+        """Forget blocks that were announced, as if they had never been."""
+        unwanted = set(map(id, blocks))
+        self.events = [event for event in self.events if id(event.block) not in unwanted]
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -161,6 +178,14 @@ class Tracker(TorchDispatchMode):
         block = Block(size, self._stack[-1])
         self._alive[key] = weakref.ref(storage, lambda _: self._died(key, block)), block
         self.events.append(Event(self.operations, self.phase, block, size))
+
+    def _share(self, z: Tensor, pointwise: Sequence[Tensor]) -> None:
+        """Part the maps of a convolution stage among the modules that hold its pointwise weights [O, C, 1, 1]."""
+        block, rows = self.block_of(z), sum(len(weight) for weight in pointwise)
+        shares: Counter[str] = Counter()
+        for weight in pointwise:
+            shares[self._owners.get(id(weight), self._stack[-1])] += block.size * len(weight) // rows
+        block.shares = dict(shares)
 
     def _died(self, key: int, block: Block) -> None:
         if self._alive.pop(key, None) is not None:

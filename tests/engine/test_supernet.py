@@ -82,7 +82,7 @@ def test_edge_weights_multiply_the_edges():
     weights, edges = torch.tensor([[1.0, 0], [1, 0]]).double(), torch.tensor([0.25, 0.75]).double()
     expected = 0.25 * cell.edges[0].candidates[0](cell.preprocess0(s))
     expected = expected + 0.75 * cell.edges[1].candidates[0](cell.preprocess1(s))
-    torch.testing.assert_close(cell(s, s, weights, edges), expected)
+    torch.testing.assert_close(cell(s, s, Mixture(weights, weights, edges, edges)), expected)
 
 
 def test_alphas_are_small_softmaxed_and_saved():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastnas.ops import depthwise_bank
+from fastnas.ops.stages.conv_stage import conv_stage_bwd, conv_stage_fwd
 from fastnas.profiler.tracker import Tracker
 
 
@@ -56,3 +57,29 @@ def test_a_depthwise_bank_costs_what_its_convolutions_cost(stride: int) -> None:
         return tracker.flops
 
     assert count(bank=True) == count(bank=False)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_stage_costs_what_its_convolutions_cost(stride: int) -> None:
+    """Two separable parts and a 1x1 one on maps [2, 7, 7, 4], counted by hand: 2 for a multiply-add."""
+    x = torch.ones(2, 7, 7, 4)
+    depthwise = [torch.ones(4, 1, 3, 3), torch.ones(4, 1, 5, 5), torch.empty(0)]
+    pointwise = [torch.ones(4, 4, 1, 1) for _ in range(3)]
+    parts = [0, 0, 0, 1, 0, 0, 1, 0, 2, 0, 0, 2, 0, 1, 0]
+    pixels = 2 * 7 * 7 if stride == 1 else 2 * 4 * 4
+    deep, point = 2 * pixels * 4 * (9 + 25), 2 * pixels * 4 * 4 * 3
+
+    with Tracker() as tracker:
+        z, _ = conv_stage_fwd([x], None, parts, depthwise, pointwise, stride, True)
+    assert tracker.flops["forward"] == deep + point
+
+    def backward(need_dx: bool, need_dw: bool) -> int:
+        coef, maps = torch.ones(3, 4, 4), list(z.unbind())
+        with Tracker() as tracker:
+            conv_stage_bwd(maps, maps, coef, [x], None, parts, depthwise, pointwise, stride, None, need_dx, need_dw)
+        return tracker.flops["forward"]  # by hand, not under autograd
+
+    # dz goes back through the pointwise weights to both gradients; those of the pointwise weights need the depthwise
+    # outputs, which are computed again.
+    assert backward(True, False) == point + deep
+    assert backward(True, True) == 2 * (deep + point) + deep

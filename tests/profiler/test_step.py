@@ -17,22 +17,30 @@ from fastnas.profiler.subject import Subject
 from fastnas.spaces import DartsSpace, load_genotype
 
 SMALL = {"batch_size": 4, "channels": 8, "cells": 3, "nodes": 2}
-CASES = {name: (name, {}) for name in METHODS} | {
-    "darts, second order": ("darts", {"order": 2}),
-    "parsec, tempered": ("parsec", {"samples": 2, "likelihood": "mean"}),
+# oneDNN takes scratch memory for a depthwise 7x7 convolution in channels_last, whatever the batch: 50 kB a channel.
+WITH_7X7 = ("proxyless", "vaenas_os", "vaenas_g")
+LARGER = {"batch_size": 64, "channels": 4}
+CASES = {f"{name}, {executor}": (name, executor, {}) for name in METHODS for executor in ("plain", "fused")} | {
+    "darts, lean": ("darts", "lean", {}),
+    "pc_darts, lean": ("pc_darts", "lean", {}),
+    "darts, fused, second order": ("darts", "fused", {"order": 2}),
+    "parsec, fused, tempered": ("parsec", "fused", {"samples": 2, "likelihood": "mean"}),
 }
 
 
-def subject(case: str, **more: object) -> Subject:
-    name, flags = CASES[case]
+def subject(name: str, executor: str = "fused", **flags: object) -> Subject:
     few = {"samples": 2} if name in ("parsec", "random") else {}
+    large = name in WITH_7X7 and executor != "plain"
+    sizes = SMALL | (LARGER if large else {})
     torch.manual_seed(0)
-    return method_steps({**SMALL, **few, **flags, **more}, methods=[name], image=(3, 8, 8))[0]
+    side = 32 if large else 8
+    return method_steps({**sizes, **few, **flags, "executor": executor}, methods=[name], image=(3, side, side))[0]
 
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request: pytest.FixtureRequest) -> tuple[Footprint, Footprint]:
-    step = subject(request.param)
+    name, executor, flags = CASES[request.param]
+    step = subject(name, executor, **flags)
     return step.predict(), step.measure()
 
 
@@ -71,7 +79,12 @@ def test_measuring_twice_gives_the_same() -> None:
 
 @pytest.fixture(scope="module")
 def darts() -> Footprint:
-    return subject("darts").predict()
+    return subject("darts", "plain").predict()
+
+
+@pytest.fixture(scope="module")
+def fused() -> Footprint:
+    return subject("darts", "fused").predict()
 
 
 def test_phases_carry_the_names_of_the_methods_functions(darts: Footprint) -> None:
@@ -95,10 +108,14 @@ def test_optimiser_state_and_gradients_are_there_from_the_first_step(darts: Foot
 
 
 def test_a_smaller_type_needs_less_and_rounding_never_less(darts: Footprint) -> None:
-    half = method_steps(SMALL, methods=["darts"], image=(3, 8, 8), dtype=torch.bfloat16)[0].predict()
+    half = method_steps({**SMALL, "executor": "plain"}, methods=["darts"], image=(3, 8, 8), dtype=torch.bfloat16)[
+        0
+    ].predict()
     # Indices of max-pools and statistics do not shrink with the type.
     assert 1.5 < darts.saved_bytes / half.saved_bytes < 2
-    on_gpu = method_steps(SMALL, methods=["darts"], image=(3, 8, 8), device=torch.device("cuda"))[0].predict()
+    on_gpu = method_steps(
+        {**SMALL, "executor": "plain"}, methods=["darts"], image=(3, 8, 8), device=torch.device("cuda")
+    )[0].predict()
     assert on_gpu.peak > darts.peak
     assert on_gpu.peak % 512 == 0
 
@@ -110,6 +127,36 @@ def test_candidates_edges_and_cells_have_their_names(darts: Footprint) -> None:
     assert set(weights.by_cell) == {"cell 0", "cell 1", "cell 2"}
     assert {f"cell 1, edge {edge}" for edge in range(5)} <= set(weights.by_edge)
     assert weights.by_candidate["sep_conv_5x5"] == weights.by_candidate["sep_conv_3x3"]
+
+
+def test_maps_of_a_fused_stage_are_parted_among_candidates_and_cells(fused: Footprint) -> None:
+    _, weights = fused.saved
+    assert set(weights.by_candidate) == {
+        "sep_conv_3x3",
+        "sep_conv_5x5",
+        "dil_conv_3x3",
+        "dil_conv_5x5",
+        "skip_connect",
+    }
+    one_map = 4 * 4 * 8 * 8 * 8  # float32 [4, 8, 8, 8]; cell 0 is normal, 1 and 2 reduce
+    normal = {key: size for key, size in weights.by_module.items() if key.startswith("cells.0.edges.0.")}
+    maps = {}
+    for module, size in normal.items():
+        candidate = module.split(".")[5]
+        maps[candidate] = maps.get(candidate, 0) + size / one_map
+    assert maps == {"4": 2, "5": 2, "6": 1, "7": 1}  # two halves of a separable convolution, one dilated one
+    assert set(weights.by_cell) == {"cell 0", "cell 1", "cell 2"}
+    assert sum(weights.by_cell.values()) > 0.9 * weights.bytes
+
+
+def test_the_table_of_running_statistics_counts_as_buffers(darts: Footprint, fused: Footprint) -> None:
+    assert fused.at_peak["buffers"] == darts.at_peak["buffers"] > 0
+
+
+def test_a_sampled_path_has_gradients_of_that_path_alone() -> None:
+    parts = subject("spos", "plain").predict().at_peak
+    assert 0 < parts["gradients"] < 0.5 * parts["parameters"]
+    assert parts["optimiser state"] >= parts["parameters"]
 
 
 def test_any_module_can_be_profiled() -> None:

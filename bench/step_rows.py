@@ -1,0 +1,265 @@
+"""What `bench/search_step.py` times: passes and search steps of one method on the supernet, by name of the row."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import fastnas
+from fastnas.engine.supernet import Supernet
+from fastnas.engine.training import Batch
+from fastnas.errors import UserError
+from fastnas.profiler.footprint import Footprint
+from fastnas.profiler.step import Inputs, Trains, predict
+from fastnas.search import build_method, resolve
+from fastnas.timing import ARCHITECTURE_STEPS
+
+EXECUTOR_OF = {"plain": "plain", "plain_channels_last": "plain", "fused": "fused", "fused_lean": "lean"}
+ROWS = tuple(EXECUTOR_OF)
+METHODS = ("darts", "pc_darts", "parsec")
+PARTS = ("data", "forward", "backward", "architecture", "optimiser")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all rows share. `step`: "pass" (forward and backward pass, all gradients) or "search" (`method.step`)."""
+
+    method: str
+    batch: int
+    channels: int = 16
+    cells: int = 8
+    nodes: int = 4
+    image: int = 32
+    classes: int = 10
+    step: str = "pass"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return 3, self.image, self.image
+
+
+class Pass:
+    """Forward and backward pass with all gradients: of the weights, and of alphas and betas where there are any.
+
+    A method that samples runs one path, another one for each `index`.
+    """
+
+    def __init__(self, method: Any) -> None:
+        self.supernet: Supernet = method.supernet
+        self.alphas: nn.Module | None = getattr(method, "alphas", None)
+        self.parameters = [p for part in (self.supernet, self.alphas) if part is not None for p in part.parameters()]
+
+    def step(self, index: int, train: Batch, search: Batch) -> None:
+        path = self.supernet.space.random_genotype(random.Random(index)) if self.alphas is None else None
+        logits: Tensor = self.supernet(train[0], path or self.alphas())
+        torch.autograd.grad(F.cross_entropy(logits, train[1]), self.parameters, allow_unused=True)
+
+
+class Row:
+    """One way to run the problem, with data of its own, built on `device`."""
+
+    def __init__(self, name: str, problem: Problem, device: torch.device) -> None:
+        if name not in ROWS:
+            raise UserError(f"unknown row {name!r}; there are {', '.join(ROWS)}, plain_compile")
+        self.name, self.problem, self.device, self.index = name, problem, device, 0
+        self.work = self._build(device)
+        images = torch.randint(256, (4 * problem.batch, *problem.shape), dtype=torch.uint8, device=device)
+        labels = torch.randint(problem.classes, (4 * problem.batch,), device=device)
+        self._data = images, labels
+
+    def _build(self, device: torch.device) -> Trains:
+        torch.manual_seed(0)
+        problem = self.problem
+        flags = {"method": problem.method, "data": "cifar10", "batch_size": problem.batch, "channels": problem.channels}
+        flags |= {"cells": problem.cells, "nodes": problem.nodes, "executor": EXECUTOR_OF[self.name]}
+        if problem.method == "parsec":
+            flags["likelihood"] = "mean"  # no weight vanishes, so every child runs backward
+        plan = resolve(flags)
+        method = build_method(plan, problem.classes, 3, device, problem.image)
+        method.start_epoch(plan.weights.epochs - 1)  # no phase of warming up
+        if self.name == "plain_channels_last":
+            method.supernet.to(memory_format=torch.channels_last).register_forward_pre_hook(_in_channels_last)
+        return method if problem.step == "search" else Pass(method)
+
+    def _batch(self) -> Batch:
+        """A new batch, as a loader that lies on the device makes it."""
+        images, labels = self._data
+        rows = torch.randint(len(images), (self.problem.batch,), device=self.device)
+        return images[rows].float().div_(127.5).sub_(1.0), labels[rows]
+
+    def run(self) -> None:
+        """One pass or step, its data included."""
+        with self._backend():
+            self.work.step(self.index, self._batch(), self._batch())
+        self.index += 1
+
+    def seconds(self) -> float:
+        """Wall time of one run."""
+        return _timed(self.run, self.device)
+
+    def breakdown(self) -> dict[str, float]:
+        """Seconds of one run by part; the parts add up to it.
+
+        Architecture: a method's whole architecture step, and its optimiser alone where it has no such function (what
+        leads to it is then forward).
+        """
+        watch = Stopwatch(self.device)
+        with self._backend(), watch.listening(self.work):
+            with watch.part("data"):
+                batches = self._batch(), self._batch()
+            with watch.part("forward"):
+                self.work.step(self.index, *batches)
+        self.index += 1
+        return {part: watch.seconds[part] for part in PARTS if part in watch.seconds}
+
+    def footprint(self) -> Footprint:
+        """Saved bytes and peak by the tracker of the profiler, on shapes alone: the same in every run."""
+        work, inputs = self._build(torch.device("cpu")), Inputs(self.problem.shape, self.problem.batch)
+        with self._backend():
+            return predict(work, inputs, name=self.name, device=self.device)
+
+    def _backend(self) -> AbstractContextManager[Any]:
+        """The plain rows are plain PyTorch."""
+        plain = EXECUTOR_OF[self.name] == "plain"
+        return fastnas.backend("reference") if plain else contextlib.nullcontext()
+
+
+def _in_channels_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0].contiguous(memory_format=torch.channels_last), *args[1:]
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Seconds of the parts of a step. Time counts for the innermost part; what an architecture step does is its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: Counter[str] = Counter()
+        self._stack: list[str] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._enter(name)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self, name: str) -> None:
+        self._count()
+        self._stack.append("architecture" if "architecture" in self._stack else name)
+
+    def _leave(self) -> None:
+        self._count()
+        self._stack.pop()
+
+    def _count(self) -> None:
+        _wait(self.device)
+        now = time.perf_counter()
+        if self._stack:
+            self.seconds[self._stack[-1]] += now - self._since
+        self._since = now
+
+    @contextlib.contextmanager
+    def listening(self, work: Trains) -> Iterator[None]:
+        """Within the block backward passes, optimisers and the architecture step of `work` are parts."""
+        architecture = getattr(work, "arch_optimizer", None)
+
+        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            self._enter("architecture" if optimizer is architecture else "optimiser")
+
+        def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self.part(name):
+                    return function(*args, **kwargs)
+
+            return run
+
+        hooks = [
+            register_optimizer_step_pre_hook(before),
+            register_optimizer_step_post_hook(lambda *_: self._leave()),
+        ]
+        grad, backward = torch.autograd.grad, torch.Tensor.backward
+        torch.autograd.grad = wrapped("backward", grad)
+        torch.Tensor.backward = wrapped("backward", backward)
+        functions = [name for name in ARCHITECTURE_STEPS if hasattr(work, name)]
+        for name in functions:
+            setattr(work, name, wrapped("architecture", getattr(work, name)))
+        try:
+            yield
+        finally:
+            torch.autograd.grad, torch.Tensor.backward = grad, backward
+            for name in functions:
+                delattr(work, name)
+            for hook in hooks:
+                hook.remove()
+
+
+def compiled_cells(problem: Problem, device: torch.device, rounds: int) -> dict[str, Any]:
+    """One normal and one reduction cell under torch.compile, beside the same cells in eager mode and fused.
+
+    ms of a forward and backward pass with all gradients, medians of rounds in turn, and seconds of compilation.
+    """
+    row = Row("plain", replace(problem, method="darts", step="pass"), device)
+    assert isinstance(row.work, Pass)
+    supernet, alphas = row.work.supernet, row.work.alphas
+    cells = {"normal": supernet.cells[0], "reduction": _first_reduction(supernet)}
+    return {kind: _compiled_cell(cell, alphas, problem, device, rounds) for kind, cell in cells.items()}
+
+
+def _compiled_cell(cell: Any, alphas: Any, problem: Problem, device: torch.device, rounds: int) -> dict[str, float]:
+    inputs = [_cell_input(module, problem, device) for module in (cell.preprocess0, cell.preprocess1)]
+    leaves = [*inputs, *cell.parameters(), *alphas.parameters()]
+    compiled = torch.compile(cell.forward_mixture, dynamic=False)
+
+    def through(function: Callable[[], Tensor], backend: str) -> float:
+        def run() -> None:
+            torch.autograd.grad(function().sum(), leaves, allow_unused=True)
+
+        with fastnas.backend(backend):
+            return _timed(run, device)
+
+    runs: Mapping[str, Callable[[], float]] = {
+        "compiled": lambda: through(lambda: compiled(*inputs, *alphas().of_cell(cell.reduction)), "reference"),
+        "plain": lambda: through(lambda: cell(*inputs, alphas()), "reference"),
+        "fused": lambda: through(lambda: cell(*inputs, alphas(), executor="fused"), "native"),
+    }
+    first = {name: run() for name, run in runs.items()}
+    times = [{name: run() for name, run in runs.items()} for _ in range(rounds)]
+    medians = {f"{name}_ms": 1000 * statistics.median(turn[name] for turn in times) for name in runs}
+    return medians | {"compile_s": first["compiled"]}
+
+
+def _first_reduction(supernet: Supernet) -> nn.Module:
+    return next(cell for cell in supernet.cells if cell.reduction)
+
+
+def _cell_input(preprocess: nn.Module, problem: Problem, device: torch.device) -> Tensor:
+    """A state as the cell gets it; the first cells run at full image size."""
+    channels = next(p for p in preprocess.parameters() if p.dim() == 4).shape[1]
+    return torch.randn(problem.batch, channels, problem.image, problem.image, device=device, requires_grad=True)

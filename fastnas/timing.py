@@ -1,0 +1,43 @@
+"""Where the time of a search's steps goes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+# Functions of the methods that train the architecture; PARSEC weighs its children. Others do both in one pass.
+ARCHITECTURE_STEPS = ("architecture_step", "_log_likelihoods")
+
+
+class StepTimes:
+    """Seconds of the host in the parts of some steps: no device is waited for, nothing is added to a step."""
+
+    def __init__(self) -> None:
+        self._seconds: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time within the block as "data" or as "step"."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - started
+
+    def watch(self, method: Any) -> None:
+        """From now on count what the method's own functions for the architecture take."""
+        for name in ARCHITECTURE_STEPS:
+            if function := getattr(method, name, None):
+                setattr(method, name, self.part("architecture")(function))
+
+    def clear(self) -> None:
+        """Start again from 0."""
+        self._seconds.clear()
+
+    def split(self) -> dict[str, float]:
+        """As timing.jsonl has it; what no function for the architecture does in a step is the weights' share."""
+        data, step, architecture = (self._seconds[part] for part in ("data", "step", "architecture"))
+        return {"data_s": data, "weights_s": step - architecture, "architecture_s": architecture}
