@@ -13,7 +13,7 @@ import torch
 
 from fastnas import _backends, _ext
 from fastnas.cli import ArgumentParser, run_command
-from fastnas.engine.derived import DerivedNetwork
+from fastnas.engine.networks import build_network
 from fastnas.engine.stems import STEMS
 from fastnas.errors import UserError
 from fastnas.profiler.counts import count
@@ -40,7 +40,7 @@ def describe_network(
     """
     stem = stem or ("imagenet" if image_size >= IMAGENET_SIZE else "cifar")
     with torch.device("meta"):
-        network = DerivedNetwork(
+        network = build_network(
             load_genotype(genotype),
             channels=channels,
             cells=cells,

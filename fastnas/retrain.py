@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
+from fastnas.engine import networks
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastnas.engine.derived import DerivedNetwork
 from fastnas.engine.stems import STEMS
@@ -94,10 +96,10 @@ def resolve(flags: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> 
     return plan
 
 
-def build_network(plan: Plan, classes: int, in_channels: int) -> DerivedNetwork:
+def build_network(plan: Plan, classes: int, in_channels: int) -> nn.Module:
     """The derived network of a plan, without its auxiliary head when that has no weight."""
     settings = plan.retrain
-    return DerivedNetwork(
+    return networks.build_network(
         load_genotype(settings.genotype),
         channels=settings.channels,
         cells=settings.cells,
@@ -155,11 +157,13 @@ def run_retrain(
             torch.manual_seed((plan.runtime.seed * 1_000_003 + epoch) % 2**63)
             set_learning_rate(optimizer, cosine(epoch, settings.epochs, settings.lr, settings.lr_min))
             network.train()
-            network.set_drop_path(settings.drop_path * epoch / settings.epochs)
+            of_cells = isinstance(network, DerivedNetwork)
+            if of_cells:
+                network.set_drop_path(settings.drop_path * epoch / settings.epochs)
             means = Means()
             for _ in range(steps):
                 x, y = next(batches)
-                logits, auxiliary_logits = network.forward_with_auxiliary(x)
+                logits, auxiliary_logits = network.forward_with_auxiliary(x) if of_cells else (network(x), None)
                 loss = F.cross_entropy(logits, y)
                 figures = {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
                 if auxiliary_logits is not None:
@@ -194,7 +198,7 @@ def run_retrain(
     return result
 
 
-def _save(run: RunFolder, epoch: int, network: DerivedNetwork, optimizer: torch.optim.Optimizer) -> None:
+def _save(run: RunFolder, epoch: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Checkpoint after `epoch`; -1 is before the first one."""
     state = {"epoch": epoch, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
     save_checkpoint(run.checkpoint_path, state, method=CHECKPOINT_KIND)

@@ -23,7 +23,7 @@ from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastnas.engine.training import Batch, Means
 from fastnas.errors import UserError, is_out_of_memory
 from fastnas.memory import SearchMemory
-from fastnas.methods import METHODS, Method, Problem, WeightSettings
+from fastnas.methods import METHODS, Method, Problem, WeightSettings, spaces_of
 from fastnas.methods.base import Figure
 from fastnas.profiler.step import Inputs
 from fastnas.profiler.subject import Subject
@@ -31,7 +31,7 @@ from fastnas.progress import Progress
 from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.runs import RunFolder, default_run_path
 from fastnas.settings import CHANGEABLE_ON_RESUME, DataSettings, RuntimeSettings, load_data, prepare
-from fastnas.spaces import SPACES, Genotype
+from fastnas.spaces import SPACES, AnyGenotype, Genotype, build_space
 from fastnas.spaces.derive import count_skips
 from fastnas.spaces.genotype import live_edges
 from fastnas.timing import StepTimes
@@ -71,7 +71,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class SearchResult:
-    genotype: Genotype
+    genotype: AnyGenotype
     run: RunFolder
 
 
@@ -93,6 +93,9 @@ def resolve(flags: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> 
         raise UserError(f"the preset {preset} is for method {layer['method']}, not {name}: drop --preset or --method")
     groups = (SearchSettings, DataSettings, WeightSettings, RuntimeSettings, METHODS[name].Settings)
     others = {other: method.Settings for other, method in METHODS.items() if other != name}
+    space = flags.get("space", layer.get("space", SearchSettings.space))
+    if space in SPACES and space not in spaces_of(name):
+        raise UserError(f"{name} does not search the space {space}: give --space {' or '.join(spaces_of(name))}")
     auto_batch = {**layer, **flags}.get("batch_size") == AUTO
     for chosen in (layer, flags):
         if chosen.get("batch_size") == AUTO:
@@ -114,7 +117,7 @@ def _preset(preset: str | None, flags: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def build_method(plan: Plan, classes: int, in_channels: int, device: torch.device, image_size: int = 32) -> Method:
     """The method of a plan: `classes` classes, images of `in_channels` channels and `image_size` pixels a side."""
-    space = SPACES[plan.search.space](nodes=plan.weights.nodes)
+    space = build_space(plan.search.space, nodes=plan.weights.nodes, cells=plan.weights.cells)
     problem = Problem(space, classes, in_channels, plan.weights, device, plan.runtime.seed, image_size)
     return METHODS[plan.search.method](plan.method, problem)
 
@@ -236,10 +239,11 @@ def _search(
                     f"the epochs before it are in {run.path}"
                 )
             genotype = method.derive()
-            skips = {"skips_normal": count_skips(genotype.normal), "skips_reduce": count_skips(genotype.reduce)}
-            record = skips | record
-            _warn_of_collapse(record["skips_normal"], genotype, progress)
-            run.append_metrics(record | {"genotype": genotype.to_darts()})
+            if isinstance(genotype, Genotype):
+                skips = {"skips_normal": count_skips(genotype.normal), "skips_reduce": count_skips(genotype.reduce)}
+                record = skips | record
+                _warn_of_collapse(record["skips_normal"], genotype, progress)
+            run.append_metrics(record | {"genotype": genotype.notation()})
             seconds = {"train_s": trained - started, **times.split(), "evaluate_s": time.perf_counter() - trained}
             run.append_timing({"epoch": epoch, **seconds})
             run.write_genotype(genotype)

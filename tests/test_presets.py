@@ -59,6 +59,10 @@ PAPERS: dict[str, dict[str, Any]] = {
         }
         for limited in ("", "-limited")
     },
+    "one_shot": {
+        **{"method": "one_shot", "space": "choice_blocks", "nodes": 4, "cells": 6, "batch_size": 1024, "epochs": 225},
+        **{"lr": 0.1, "momentum": 0.9, "dropout_rate": 0.1, "ghost_batch": 32, "search_fraction": 0.1},
+    },
     "random": {"method": "random", **DARTS},
     "retrain": {
         **{"epochs": 600, "batch_size": 96, "channels": 36, "cells": 20, "stem": "cifar", "cutout": 16},
@@ -69,6 +73,7 @@ PAPERS: dict[str, dict[str, Any]] = {
 SOURCES = {
     "darts-edge": "Xu et al. 2020",
     "darts": "Liu et al. 2019",
+    "one_shot": "Bender et al. 2018",
     "parsec": "Casale et al. 2019",
     "pc_darts": "Xu et al. 2020",
     "proxyless": "Cai et al. 2019",

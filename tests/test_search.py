@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
         **{"method": "vaenas_g", "space": "nasnet", "arch_interval": 2, "arch_lr": 0.1},
         **{"ranked": 4, "vae_iterations": 2, "vae_hidden": 8},
     },
+    "one_shot": {"method": "one_shot", "space": "choice_blocks", "ghost_batch": 4, "candidates": 2},
     "random": {"method": "random", "samples": 2},
 }
 FILES = {"config.toml", "metrics.jsonl", "timing.jsonl", "genotype.json", "cells.svg", "checkpoint.pt"}

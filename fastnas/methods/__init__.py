@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastnas.methods.base import Method, Problem, WeightSettings
 from fastnas.methods.darts import Darts
+from fastnas.methods.one_shot import OneShot
 from fastnas.methods.parsec import Parsec
 from fastnas.methods.pc_darts import PCDarts
 from fastnas.methods.proxyless import Proxyless
@@ -11,6 +12,7 @@ from fastnas.methods.random_search import RandomSearch
 from fastnas.methods.snas import Snas
 from fastnas.methods.spos import Spos
 from fastnas.methods.vaenas import VaenasGradient, VaenasOneShot
+from fastnas.spaces import CELL_SPACES, SPACES
 
 _ALL: tuple[type[Method], ...] = (
     Darts,
@@ -21,14 +23,24 @@ _ALL: tuple[type[Method], ...] = (
     Proxyless,
     VaenasOneShot,
     VaenasGradient,
+    OneShot,
     RandomSearch,
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
+
+_OTHER_SPACES = {OneShot.name: ("choice_blocks",), RandomSearch.name: tuple(SPACES)}
+
+
+def spaces_of(method: str) -> tuple[str, ...]:
+    """Names of the spaces that a method searches."""
+    return _OTHER_SPACES.get(method, CELL_SPACES)
+
 
 __all__ = [
     "METHODS",
     "Darts",
     "Method",
+    "OneShot",
     "PCDarts",
     "Parsec",
     "Problem",
@@ -39,4 +51,5 @@ __all__ = [
     "VaenasGradient",
     "VaenasOneShot",
     "WeightSettings",
+    "spaces_of",
 ]

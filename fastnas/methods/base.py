@@ -16,7 +16,7 @@ from fastnas.engine.stems import STEMS
 from fastnas.engine.supernet import EXECUTORS, Supernet
 from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine
 from fastnas.errors import UserError
-from fastnas.spaces.darts import DartsSpace
+from fastnas.spaces import AnyGenotype, AnySpace
 from fastnas.spaces.genotype import Genotype
 
 Figure = float | list[float]  # a number, or one for each edge
@@ -50,7 +50,7 @@ class WeightSettings:
 class Problem:
     """What to search on: the space, the images' shape, where to run, and how weights are trained."""
 
-    space: DartsSpace
+    space: AnySpace
     classes: int
     in_channels: int
     weights: WeightSettings
@@ -144,7 +144,7 @@ class Method(Protocol):
         `search` is the whole search half in order, without augmentation; it may be gone through several times.
         """
 
-    def derive(self) -> Genotype:
+    def derive(self) -> AnyGenotype:
         """The genotype of the current architecture parameters."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnas.config import option
-from fastnas.engine.derived import DerivedNetwork
+from fastnas.engine.networks import build_network
 from fastnas.engine.training import Batch, accuracy, cosine, evaluate, set_learning_rate
 from fastnas.errors import UserError
 from fastnas.methods.base import Problem
@@ -55,7 +55,7 @@ class RandomSearch:
         self.child = child
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(problem.generator(child).initial_seed())
-            self.network = DerivedNetwork(
+            self.network = build_network(
                 self.genotypes[child],
                 channels=weights.channels,
                 cells=weights.cells,

@@ -58,7 +58,9 @@ def _label(name: str) -> str:
 
 
 def describe_cells(genotype: Any) -> str:
-    """Both cells as aligned text, one node a line."""
+    """Both cells as aligned text, one node a line; an architecture without such cells one choice a line."""
+    if not hasattr(genotype, "normal"):
+        return genotype.describe()
     lines = []
     for title, nodes, concat in _cells(genotype):
         lines.append(title)
@@ -71,11 +73,14 @@ def describe_cells(genotype: Any) -> str:
 
 
 def draw_cells(genotype: Any) -> str:
-    """One self-contained SVG of the normal and the reduction cell, side by side.
+    """One self-contained SVG of the normal and the reduction cell, side by side, or of the lines of another
+    architecture.
 
     ``genotype`` has the attributes of `fastnas.spaces.genotype.Genotype`: ``normal`` and ``reduce``, for each
     node its (candidate name, input state) pairs, with ``normal_concat`` and ``reduce_concat``.
     """
+    if not hasattr(genotype, "normal"):
+        return _draw_lines(genotype.describe().splitlines(), genotype.space)
     cells = _cells(genotype)
     panels = [_Panel(title, nodes, concat) for title, nodes, concat in cells]
     used = {_kind(name) for _, nodes, _ in cells for node in nodes for name, _ in node}
@@ -89,6 +94,12 @@ def draw_cells(genotype: Any) -> str:
     body.append(f'<g transform="translate({_GAP} {_GAP + height + _LEGEND / 2:g})">{legend}</g>')
     full_height = height + _GAP + _LEGEND
     return document("Normal and reduction cell", describe_cells(genotype), width, full_height, "".join(body))
+
+
+def _draw_lines(lines: Sequence[str], title: str) -> str:
+    width = 2 * _PAD + CHARACTER * max(map(len, lines))
+    rows = [draw_text(_PAD, _PAD + 20 * row, line, anchor="start") for row, line in enumerate(lines)]
+    return document(title, "\n".join(lines), width, 2 * _PAD + 20 * len(lines), "".join(rows))
 
 
 def _cells(genotype: Any) -> list[tuple[str, _Nodes, Sequence[int]]]:

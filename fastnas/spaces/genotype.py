@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastnas.errors import UserError
 from fastnas.nn.candidates import candidate_names
+from fastnas.spaces.architecture import ArchitectureString
 
 FORMAT = "fastnas-genotype"
 VERSION = 1
@@ -105,6 +106,10 @@ class Genotype:
                 raise UserError(f"genotype: {key} must be text, got {fields[key]!r}")
         return cls(**fields)
 
+    def notation(self) -> str:
+        """One line: what metrics keep."""
+        return self.to_darts()
+
     def to_darts(self) -> str:
         """The tuple notation of the DARTS repositories."""
 
@@ -143,7 +148,7 @@ def live_edges(nodes: Sequence[Node]) -> tuple[Node, ...]:
     return tuple(live)
 
 
-def load_genotype(source: str | Path) -> Genotype:
+def load_genotype(source: str | Path) -> Genotype | ArchitectureString:
     """Read a genotype by published name (`DARTS_V2`), from a JSON or tuple-notation file, or from a run folder.
 
     Raises UserError when there is no such name or file, or when its content is not a genotype.
@@ -165,9 +170,22 @@ def load_genotype(source: str | Path) -> Genotype:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"genotype {path}: cannot be read ({_first_line(error)})") from None
     try:
-        return Genotype.from_json(text) if text.lstrip().startswith("{") else Genotype.from_darts(text)
+        return _from_json(text) if text.lstrip().startswith("{") else Genotype.from_darts(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _from_json(text: str) -> Genotype | ArchitectureString:
+    try:
+        data = json.loads(_bounded(text))
+    except (ValueError, RecursionError):
+        data = None
+    match data:
+        case {"format": "fastnas-genotype", "version": 1, "space": str(space), "string": [*string]}:
+            lines, rule = data.get("lines", []), data.get("rule", "")
+            if isinstance(lines, list) and all(isinstance(line, str) for line in lines) and isinstance(rule, str):
+                return ArchitectureString(space, tuple(string), tuple(lines), rule)
+    return Genotype.from_json(text)
 
 
 def _bounded(text: str) -> str:
