@@ -32,6 +32,7 @@ from bench.footprints import status
 from bench.report import machine_line
 from bench.step_rows import METHODS, PARTS, ROWS, Problem, Row, compiled_cells
 from bench.sweep import sweep
+from fastnas.engine.training import settled_heap
 from fastnas.errors import UserError
 from fastnas.runs import versions
 
@@ -63,9 +64,10 @@ def time_rows(rows: Mapping[str, Row], rounds: int) -> tuple[dict[str, float], d
     """Seconds of each row's first run, and of those that follow it, one of each row in turn."""
     first = {name: row.seconds() for name, row in rows.items()}
     times: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(rounds):
-        for name, row in rows.items():
-            times[name].append(row.seconds())
+    with settled_heap():  # as in a search
+        for _ in range(rounds):
+            for name, row in rows.items():
+                times[name].append(row.seconds())
     return first, times
 
 

@@ -20,7 +20,7 @@ from fastnas.cli import ArgumentParser, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
-from fastnas.engine.training import Batch, Means
+from fastnas.engine.training import Batch, Means, settled_heap
 from fastnas.errors import UserError, is_out_of_memory
 from fastnas.memory import SearchMemory
 from fastnas.methods import METHODS, Method, Problem, WeightSettings, spaces_of
@@ -215,7 +215,7 @@ def _search(
     search_batches = search_stream.from_step(first_epoch * steps)
     times = StepTimes()
     times.watch(method)
-    with Progress(plan.weights.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress:
+    with settled_heap(), Progress(plan.weights.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress:
         for epoch in range(first_epoch, plan.weights.epochs):
             started = time.perf_counter()
             times.clear()

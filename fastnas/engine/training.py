@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -74,6 +75,20 @@ def recalibrate(module: nn.Module, run: Callable[[Tensor], Tensor], batches: Ite
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     module.eval()
+
+
+@contextlib.contextmanager
+def settled_heap() -> Iterator[None]:
+    """Within the block Python's garbage collector leaves alone what was made before it.
+
+    A step makes thousands of short-lived tensors, each collection would walk over all modules of the supernet.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def assign_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
