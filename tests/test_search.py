@@ -135,8 +135,9 @@ def test_a_search_leaves_a_run_folder(case, whole):
             assert isinstance(value, str) or all(map(math.isfinite, value if isinstance(value, list) else [value]))
         assert 0 <= record["accuracy"] <= 1 and 0 <= record["search_accuracy"] <= 1
     genotype = load_genotype(run)
-    assert len(genotype.normal) == len(genotype.reduce) == 2
-    assert records[-1]["genotype"] == genotype.to_darts()
+    if case != "one_shot":  # whose architectures have no cells of their own
+        assert len(genotype.normal) == len(genotype.reduce) == 2
+    assert records[-1]["genotype"] == genotype.notation()
     assert (run / "cells.svg").read_text().startswith("<svg")
     for line in (run / "timing.jsonl").read_text().splitlines():
         seconds = json.loads(line)
