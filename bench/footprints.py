@@ -114,7 +114,7 @@ def steps() -> Iterator[dict[str, Any]]:
         yield step("pc_darts", {"batch_size": 64, "executor": "fused", "partial": k})
     for samples in (1, 4, 64):  # beside 16
         yield step("parsec", {"batch_size": 64, "samples": samples})
-    for method in ("darts", "pc_darts", "parsec"):
+    for method in ("darts", "pc_darts"):
         yield step(method, {"batch_size": 1024}, IMAGENET, classes=1000)
 
 
