@@ -140,6 +140,34 @@ def statistics(parts: Tensor, like: Tensor, maps: int, positions: int, bq: int) 
     return stats
 
 
+@triton.jit
+def stage_sums_kernel(p_parts, p_out, R, T, BR: tl.constexpr, BT: tl.constexpr):
+    """``out[r] = sum_t parts[r, t]`` for R rows of T parts, in float64 and always in the same order.
+
+    Grid: R / BR programs. Tile: BR rows by BT parts. Reads R T parts once, writes R numbers. Bound by its launch.
+    """
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_t = tl.arange(0, BT)
+    b_sum = tl.zeros((BR, BT), tl.float64)
+    start = 0
+    while start < T:
+        m = (o_r < R)[:, None] & (start + o_t < T)[None, :]
+        b_sum += tl.load(p_parts + o_r[:, None] * T + start + o_t[None, :], mask=m, other=0.0)
+        start += BT
+    to = p_out.dtype.element_ty
+    b_out = tl.sum(b_sum, 1)
+    tl.store(p_out + o_r, b_out.to(tl.float32).to(to) if to != tl.float64 else b_out, mask=o_r < R)
+
+
+def row_sums(parts: Tensor, like: Tensor) -> Tensor:
+    """Row sums of ``parts`` ``[like.numel(), T]`` in the shape and dtype of ``like``."""
+    out = like.new_empty(like.shape)
+    rows, count = parts.shape
+    at = _launch.config("stage_sums", out)
+    _launch.launch(like.device, stage_sums_kernel, triton.cdiv(rows, at["BR"]), parts, out, rows, count, **at)
+    return out
+
+
 def new_parts(like: Tensor, *shape: int) -> Tensor:
     """Room for partial sums, float64."""
     return torch.empty(shape, dtype=torch.float64, device=like.device)

@@ -1,8 +1,8 @@
 """Triton kernels of ``conv_stage``: ReLU, depthwise and pointwise convolution of many branches in one launch.
 
-A table of integers on the device describes the parts, one row each; it is made once for each stage, so that later calls,
-and those that a CUDA graph records, copy nothing from the host. The weights lie behind each other in one buffer, in the
-order of their gradient. A pointwise product is ``tl.dot`` in full float32, over channels padded to 16.
+A table of integers on the device describes the parts, one row each; it is made once for each stage, so that later
+calls, and those that a CUDA graph records, copy nothing from the host. The weights lie behind each other in one buffer,
+in the order of their gradient. A pointwise product is ``tl.dot`` in full float32, over channels padded to 16.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnas.kernels._launch import accumulate_in, config, launch, ordered_sum
+from fastnas.kernels._launch import accumulate_in, config, launch
 from fastnas.kernels._stages import (
     block,
     new_parts,
@@ -24,24 +24,17 @@ from fastnas.kernels._stages import (
     pitch,
     pitches,
     row_of,
+    row_sums,
     statistics,
     store_statistics,
     tiles,
 )
 
 PART = 5  # integers that describe a part: source, output, first output channel, dilation, shift
-ROW = tl.constexpr(9)  # those, and: side of the depthwise kernel (0: none), where its weights start, where the pointwise
+ROW = tl.constexpr(
+    9
+)  # those, and: side of the depthwise kernel (0: none), where its weights start, where the pointwise
 # ones do, output channels
-
-
-@triton.jit
-def _relu(p_x, at, inside, p_norms, o_c, C, i_s, ACC: tl.constexpr):
-    """relu(x), or relu of the normalised x, at the addresses ``at`` [BQ, BC]; 0 outside."""
-    b_x = tl.load(p_x + at, mask=inside, other=0.0).to(ACC)
-    if p_norms is not None:
-        p_norm = p_norms + i_s * 2 * C
-        b_x = (b_x - row_of(p_norm, o_c, C, ACC)) * row_of(p_norm + C, o_c, C, ACC)
-    return tl.where(inside & ((b_x > 0) | (b_x != b_x)), b_x, 0.0)  # NaN stays
 
 
 @triton.jit
@@ -55,6 +48,8 @@ def _taps(
     o_h, o_w = o_q // WO % HO * STRIDE + shift, o_q % WO * STRIDE + shift
     image = (o_q // (HO * WO)).to(tl.int64) * H
     m = (o_q < Q)[:, None] & (o_c < C)[None, :]
+    if p_norms is not None:
+        b_mean, b_rstd = row_of(p_norms + i_s * 2 * C, o_c, C, ACC), row_of(p_norms + (i_s * 2 + 1) * C, o_c, C, ACC)
     b_a = tl.zeros((o_q.shape[0], o_c.shape[0]), ACC)
     t = 0
     while t < side * side:
@@ -63,7 +58,11 @@ def _taps(
         at = ((image + h) * W + w)[:, None] * x_pitch + o_c[None, :]
         b_w = tl.load(p_w + o_c * side * side + t, mask=(o_c < C) & (size > 0), other=0.0).to(ACC)
         b_w = tl.where(size > 0, b_w, 1.0)
-        b_a += b_w[None, :] * _relu(p_x, at, inside, p_norms, o_c, C, i_s, ACC)
+        b_x = tl.load(p_x + at, mask=inside, other=0.0).to(ACC)
+        if p_norms is not None:
+            b_x = (b_x - b_mean) * b_rstd
+        b_x = tl.where(inside & ((b_x > 0) | (b_x != b_x)), b_x, 0.0)  # NaN stays
+        b_a += b_w[None, :] * b_x
         t += 1
     return b_a
 
@@ -367,6 +366,8 @@ def conv_stage_ddw_kernel(
     i_s, dilation, side = tl.load(p_row), tl.load(p_row + 3), tl.load(p_row + 5)
     p_x, x_pitch = pick(p_xs, i_s, SOURCES), pick_number(x_pitches, i_s, SOURCES)
     o_c = i_c * BC + tl.arange(0, BC)
+    if p_norms is not None:
+        b_mean, b_rstd = row_of(p_norms + i_s * 2 * C, o_c, C, ACC), row_of(p_norms + (i_s * 2 + 1) * C, o_c, C, ACC)
     t = 0
     while t < side * side:
         dh, dw = (t // side - side // 2) * dilation, (t % side - side // 2) * dilation
@@ -380,7 +381,11 @@ def conv_stage_ddw_kernel(
             at = (((o_q // (HO * WO)).to(tl.int64) * H + h) * W + w)[:, None] * x_pitch + o_c[None, :]
             o_da = (i_p.to(tl.int64) * Q + o_q)[:, None] * C + o_c[None, :]
             b_da = tl.load(p_da + o_da, mask=m, other=0.0).to(ACC)
-            b_dw += b_da * _relu(p_x, at, inside, p_norms, o_c, C, i_s, ACC)
+            b_x = tl.load(p_x + at, mask=inside, other=0.0).to(ACC)
+            if p_norms is not None:
+                b_x = (b_x - b_mean) * b_rstd
+            b_x = tl.where(inside & ((b_x > 0) | (b_x != b_x)), b_x, 0.0)  # NaN stays
+            b_dw += b_da * b_x
             n += 1
         o_w = tl.load(p_row + 6) + o_c * side * side + t
         tl.store(p_parts + o_w.to(tl.int64) * CHUNKS + i_k, tl.sum(b_dw.to(tl.float64), 0), mask=o_c < C)
@@ -422,7 +427,8 @@ class _Stage:
         self.out_channels = max(ends)
         self.widest = max(weight.shape[0] for weight in pointwise)  # output channels of a part
         shapes = tuple(
-            (d.shape[-1] if d.numel() else 0, d.numel(), *p.shape[:2]) for d, p in zip(depthwise, pointwise, strict=True)
+            (d.shape[-1] if d.numel() else 0, d.numel(), *p.shape[:2])
+            for d, p in zip(depthwise, pointwise, strict=True)
         )
         self.has_depthwise = any(d.numel() for d in depthwise)
         self.table = _table(tuple(parts), shapes, x.device)
@@ -573,7 +579,7 @@ def _input_gradient(stage: _Stage, da: Tensor, norms: Tensor | None, base: Tenso
         STRIDE=stage.stride,
         **at,
     )
-    return dx, dots if partial is None else ordered_sum(partial, dots)
+    return dx, dots if partial is None else row_sums(partial, dots)
 
 
 def _weight_gradient(
@@ -648,4 +654,4 @@ def _weight_gradient(
             BC=bc,
             **at,
         )
-    return ordered_sum(partial, stage.weights)
+    return row_sums(partial, stage.weights)

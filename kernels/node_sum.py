@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnas.kernels._launch import launch, ordered_sum
-from fastnas.kernels._stages import new_parts, pick, pick_number, pitch, pitches, row_of, tiles
+from fastnas.kernels._launch import launch
+from fastnas.kernels._stages import new_parts, pick, pick_number, pitch, pitches, row_of, row_sums, tiles
 
 
 @triton.jit
@@ -29,8 +29,8 @@ def node_sum_kernel(
 ):
     """``out = sum_n coef[n, 0] (terms[n] - coef[n, 1])``, on top of ``out`` with ACCUMULATE.
 
-    Grid: Q / BQ times C / BC programs. Tile: BQ positions by BC channels. Reads every term once, writes out once: (N + 1)
-    C Q elements, one more with ACCUMULATE. Bound by memory bandwidth. ``out`` may be one of the terms.
+    Grid: Q / BQ times C / BC programs. Tile: BQ positions by BC channels. Reads every term once, writes out once: N + 1
+    times C Q elements, one more with ACCUMULATE. Bound by memory bandwidth. ``out`` may be one of the terms.
     """
     T = tl.cdiv(Q, BQ)
     o_c = tl.program_id(0) // T * BC + tl.arange(0, BC)
@@ -104,4 +104,4 @@ def node_dots(gs: Sequence[Tensor], terms: Sequence[Tensor], means: Tensor) -> T
     positions = terms[0].numel() // channels
     args = (tuple(gs), tuple(terms), means.contiguous(), parts, pitches(gs), pitches(terms), channels, positions)
     launch(means.device, node_dots_kernel, rows * columns * count, *args, N=count, **at)
-    return ordered_sum(parts, like)
+    return row_sums(parts, like)

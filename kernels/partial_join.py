@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnas.kernels._launch import launch, ordered_sum
-from fastnas.kernels._stages import new_parts, pitch, pitches, tiles
+from fastnas.kernels._launch import launch
+from fastnas.kernels._stages import new_parts, pitch, pitches, row_sums, tiles
 
 
 @triton.jit
@@ -71,9 +71,7 @@ def partial_join_kernel(
     m_x = m_q & ((o_c < C) & (group > 0))[None, :]
     b_out = tl.zeros((BQ, BC), ACC)
     for n in tl.static_range(N):
-        b_x = _pooled(
-            p_xs[n], pitches[n], image, h, w, heights[n], widths[n], group * S + o_i, m_x, STRIDES[n], ACC
-        )
+        b_x = _pooled(p_xs[n], pitches[n], image, h, w, heights[n], widths[n], group * S + o_i, m_x, STRIDES[n], ACC)
         b_out += tl.load(p_betas + n).to(ACC) * b_x
     m_mixed = m_q & ((o_c < C) & (group == 0))[None, :]
     o_q = o_q.to(tl.int64)[:, None]
@@ -120,9 +118,7 @@ def partial_join_bwd_kernel(
     tl.store(p_mixed + o_mixed, b_g.to(p_mixed.dtype.element_ty), mask=m & (group == 0)[None, :])
     m_x = m & (group > 0)[None, :]
     for n in tl.static_range(N):
-        b_x = _pooled(
-            p_xs[n], pitches[n], image, h, w, heights[n], widths[n], group * S + o_i, m_x, STRIDES[n], ACC
-        )
+        b_x = _pooled(p_xs[n], pitches[n], image, h, w, heights[n], widths[n], group * S + o_i, m_x, STRIDES[n], ACC)
         b_dot = tl.sum(tl.sum((b_g * b_x).to(tl.float64), 1), 0)
         tl.store(p_parts + n * tl.cast(P, tl.int64) + tl.program_id(0), b_dot)
 
@@ -219,7 +215,7 @@ def partial_join_bwd(g: Tensor, xs: Sequence[Tensor], strides: Sequence[int], k:
     args = (g, tuple(xs), mixed, parts, *_lists(xs), *where)
     constants = {"STRIDES": tuple(strides), "N": len(xs), "K": k}
     launch(g.device, partial_join_bwd_kernel, rows * columns, *args, **constants, **at)
-    return mixed, ordered_sum(parts, d_betas)
+    return mixed, row_sums(parts, d_betas)
 
 
 def partial_join_dx(

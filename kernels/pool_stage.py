@@ -106,7 +106,7 @@ def pool_stage_given_kernel(
     BQ: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """The gradients that reach both pools, ``given [2, Q, C]``, that of the average by its count, and the maxima's places.
+    """The gradients that reach both pools, ``given [2, Q, C]``, the average's by its count, and the maxima's places.
 
     ``sum_n scales[n, p] gs[n] + coef[p, 0] (pool - coef[p, 2]) + coef[p, 1]``. Grid and tile as forward. Reads x and
     each g once, writes two maps and a byte an output. Bound by the issue of loads.
@@ -156,7 +156,7 @@ def pool_stage_dx_kernel(
     BQ: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """What the nine windows around each pixel send back to it, plus ``base`` and, at stride 1, ``sum_n scales[n, 2] gs[n]``.
+    """What the nine windows around a pixel send it, plus ``base`` and, at stride 1, ``sum_n scales[n, 2] gs[n]``.
 
     Grid: X / BQ times C / BC programs. Tile: BQ pixels of x by BC channels. Reads the given gradients and places from
     memory once (9 times from the level 1 cache) and each g once, writes dx once. Bound by the issue of loads.

@@ -104,7 +104,8 @@ class Source:
             before = stats[indices.second_from] if training else running[indices.second_rows - 1]
             self.second, stats = self._convolve_second(with_deviation(before, eps), training)
             measured.append(stats)
-        bare = x.new_tensor([0.0, 1.0])[None, :, None].expand(1, 2, x.shape[-1])
+        bare = x.new_zeros(1, 2, x.shape[-1])  # no copy from the host, which a CUDA graph could not record
+        bare[:, 1] = 1.0
         if not measured:
             self.norms = bare
         elif training:

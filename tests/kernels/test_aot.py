@@ -41,6 +41,8 @@ ON_SUMS = {
     "norm_mixed_sum_combine_kernel",
     "norm_mixed_sum_scale_kernel",
     "norm_mixed_sum_sums_kernel",
+    "stage_sums_kernel",
+    "stage_statistics_kernel",
 }
 
 

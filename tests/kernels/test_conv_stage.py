@@ -113,12 +113,14 @@ def test_empty_batch(device: torch.device, make) -> None:
     assert not dw.any()
 
 
-@pytest.mark.parametrize(("k", "executor"), [(1, "fused"), (2, "lean")])
-def test_a_fused_search_step_equals_the_plain_one_in_float64(device: torch.device, k: int, executor: str) -> None:
+@pytest.mark.parametrize(("nodes", "k", "executor"), [(2, 1, "fused"), (1, 2, "lean")])
+def test_a_fused_search_step_equals_the_plain_one_in_float64(
+    device: torch.device, nodes: int, k: int, executor: str
+) -> None:
     """Loss, gradients of weights and alphas, and running statistics of a tiny supernet."""
     torch.manual_seed(0)
     candidates = ("none", "skip_connect", "max_pool_3x3", "sep_conv_3x3", "dil_conv_3x3")
-    space = DartsSpace(nodes=2, candidates=candidates)
+    space = DartsSpace(nodes=nodes, candidates=candidates)
     supernet = Supernet(space, channels=4, cells=3, classes=5, k=k).double()
     alphas = Alphas(space, edge_normalisation=k > 1).double()
     x, y = torch.randn(2, 3, 8, 6, dtype=torch.double), torch.tensor([1, 3])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastnas
+from fastnas.engine.mixture import Alphas
+from fastnas.engine.supernet import Supernet
+from fastnas.spaces import DartsSpace
 
 bank = importlib.import_module("fastnas.ops.depthwise_bank").depthwise_bank
 fused_norm = importlib.import_module("fastnas.ops.norm_mixed_sum").norm_mixed_sum
@@ -178,3 +183,49 @@ def test_half_of_the_paths_dropped_are_not_read() -> None:
     nan = torch.full_like(kept, torch.nan)
     y = fastnas.path_dropout([kept, nan], torch.tensor([[True, False]], device="cuda"))
     assert torch.equal(y, kept)
+
+
+def supernet(k: int) -> tuple[Supernet, Alphas]:
+    torch.manual_seed(0)
+    space = DartsSpace(nodes=3)
+    return Supernet(space, channels=16, cells=5, classes=10, k=k), Alphas(space, edge_normalisation=k > 1)
+
+
+def search_step(net: Supernet, arch: Alphas, x: Tensor, y: Tensor) -> list[Tensor]:
+    loss = F.cross_entropy(net(x, arch()), y)
+    return [loss.detach(), *torch.autograd.grad(loss, [*net.parameters(), *arch.parameters()])]
+
+
+@pytest.mark.parametrize("executor", ["fused", "lean"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_fused_search_step_is_the_plain_one_of_the_cpu_in_float64(k: int, executor: str) -> None:
+    net, arch = supernet(k)
+    x, y = torch.randn(8, 3, 16, 15), torch.randint(0, 10, (8,))
+    results = []
+    for kind, where, dtype in (("plain", "cpu", torch.double), (executor, "cuda", torch.float32)):
+        nets = copy.deepcopy(net).to(where, dtype), copy.deepcopy(arch).to(where, dtype)
+        nets[0].executor = kind
+        step = search_step(*nets, x.to(where, dtype), y.to(where))
+        results.append(torch.cat([value.double().cpu().flatten() for value in (*step, *nets[0].buffers())]))
+    assert float((results[1] - results[0]).norm() / results[0].norm()) < 1e-3
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_captured_search_step_replays_with_a_new_batch(k: int) -> None:
+    net, arch = (module.cuda() for module in supernet(k))
+    net.executor = "fused"
+    x, y = torch.randn(8, 3, 16, 16, device="cuda"), torch.randint(0, 10, (8,), device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            search_step(net, arch, x, y)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = search_step(net, arch, x, y)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, eager in zip(captured, search_step(net, arch, x, y), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)

@@ -12,9 +12,7 @@ CASES = [((1, 1, 1, 4), 4), ((3, 5, 7, 6), 2), ((2, 9, 16, 12), 3), ((2, 17, 18,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("shape", "k"), CASES, ids=str)
-def test_join_and_both_gradients(
-    device, near, shape: tuple[int, ...], k: int, stride: int, dtype: torch.dtype
-) -> None:
+def test_join_and_both_gradients(device, near, shape: tuple[int, ...], k: int, stride: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     batch, height, width, channels = shape
 
