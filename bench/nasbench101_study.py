@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", type=Path, required=True, help="table of NAS-Bench-101, see docs/tables.md")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds [%(default)s]")
-    parser.add_argument("--iterations", type=int, default=400, help="training steps of the autoencoder [%(default)s]")
+    parser.add_argument("--iterations", type=int, default=1200, help="training steps of the autoencoder [%(default)s]")
     parser.add_argument("--out", type=Path, required=True, help="JSON file with the results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
