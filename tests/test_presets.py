@@ -59,6 +59,14 @@ PAPERS: dict[str, dict[str, Any]] = {
         }
         for limited in ("", "-limited")
     },
+    "spos-shufflenet": {
+        **{"method": "spos", "space": "shufflenet", "cells": 20, "batch_size": 1024, "lr": 0.5, "weight_decay": 4e-5},
+        **{"population": 50, "generations": 20, "max_multiply_adds": 330e6, "channels": 16},
+    },
+    "vaenas_os-shufflenet": {
+        **{"method": "vaenas_os", "space": "shufflenet_se", "cells": 20, "batch_size": 1024, "epochs": 480, "lr": 0.5},
+        **{"momentum": 0.9, "weight_decay": 3e-5},
+    },
     "one_shot": {
         **{"method": "one_shot", "space": "choice_blocks", "nodes": 4, "cells": 6, "batch_size": 1024, "epochs": 225},
         **{"lr": 0.1, "momentum": 0.9, "dropout_rate": 0.1, "ghost_batch": 32, "search_fraction": 0.1},
@@ -106,7 +114,7 @@ def test_each_preset_says_what_it_is(preset):
     assert first.startswith("# ") and first.endswith(".")
     if preset in PAPERS:
         paper = next((paper for name, paper in SOURCES.items() if preset.startswith(name)), "DARTS")
-        assert ("on ImageNet" if preset.endswith("-imagenet") else "on CIFAR-10") in first
+        assert ("on ImageNet" if preset.endswith(("-imagenet", "-shufflenet")) else "on CIFAR-10") in first
         assert ("Liu et al. 2019" if preset == "retrain" else paper) in first
     else:
         assert preset.endswith("-digits") and "on the embedded digits" in first

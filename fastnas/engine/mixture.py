@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.spaces.darts import DartsSpace
+from fastnas.spaces.nasbench201 import Nasbench201Space
 
 INITIAL_SCALE = 1e-3  # alpha and beta start at 1e-3 N(0, 1), as in the released DARTS and PC-DARTS code
 
@@ -54,7 +55,11 @@ class Alphas(nn.Module):
     """
 
     def __init__(
-        self, space: DartsSpace, *, edge_normalisation: bool = False, generator: torch.Generator | None = None
+        self,
+        space: DartsSpace | Nasbench201Space,
+        *,
+        edge_normalisation: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.space = space
@@ -62,11 +67,11 @@ class Alphas(nn.Module):
         def start(*shape: int) -> nn.Parameter:
             return nn.Parameter(INITIAL_SCALE * torch.randn(*shape, generator=generator))
 
-        edges, candidates = space.num_edges, len(space.candidates)
-        self.alpha_normal, self.alpha_reduce = start(edges, candidates), start(edges, candidates)
+        edges, reduction_edges, candidates = space.num_edges, space.num_reduction_edges, len(space.candidates)
+        self.alpha_normal, self.alpha_reduce = start(edges, candidates), start(reduction_edges, candidates)
         self.edge_normalisation = edge_normalisation
         if edge_normalisation:
-            self.beta_normal, self.beta_reduce = start(edges), start(edges)
+            self.beta_normal, self.beta_reduce = start(edges), start(reduction_edges)
 
     def forward(self) -> Mixture:
         normal, reduce = self.alpha_normal.softmax(-1), self.alpha_reduce.softmax(-1)

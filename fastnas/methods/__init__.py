@@ -28,7 +28,14 @@ _ALL: tuple[type[Method], ...] = (
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-_OTHER_SPACES = {OneShot.name: ("choice_blocks",), RandomSearch.name: tuple(SPACES)}
+_STRING_SPACES = (*CELL_SPACES, "nasbench201", "shufflenet", "shufflenet_se")
+_OTHER_SPACES = {
+    OneShot.name: ("choice_blocks",),
+    RandomSearch.name: tuple(SPACES),
+    Spos.name: _STRING_SPACES,
+    VaenasOneShot.name: _STRING_SPACES,
+    Darts.name: (*CELL_SPACES, "nasbench201"),
+}
 
 
 def spaces_of(method: str) -> tuple[str, ...]:

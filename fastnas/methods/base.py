@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnas.config import option
+from fastnas.engine.choice_blocks import GHOST
 from fastnas.engine.mixture import Mixture
+from fastnas.engine.networks import build_supernet
 from fastnas.engine.stems import STEMS
-from fastnas.engine.supernet import EXECUTORS, Supernet
+from fastnas.engine.supernet import EXECUTORS
 from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine
 from fastnas.errors import UserError
 from fastnas.spaces import AnyGenotype, AnySpace
-from fastnas.spaces.genotype import Genotype
 
 Figure = float | list[float]  # a number, or one for each edge
 
@@ -69,15 +70,17 @@ class Problem:
         """A CPU generator with that seed."""
         return torch.Generator().manual_seed(self.seed_of(*stream))
 
-    def supernet(self, *, k: int = 1) -> Supernet:
-        """A new supernet of this problem, on its device; `k`: partial channels 1/k."""
-        return Supernet(
+    def supernet(self, *, k: int = 1, ghost: int = GHOST) -> nn.Module:
+        """A new supernet of this problem, on its device; `k`: partial channels 1/k, `ghost`: images of a ghost
+        batch."""
+        return build_supernet(
             self.space,
             channels=self.weights.channels,
             cells=self.weights.cells,
             classes=self.classes,
             in_channels=self.in_channels,
             k=k,
+            ghost=ghost,
             stem=self.weights.stem,
             executor=self.weights.executor,
         ).to(self.device)
@@ -98,8 +101,8 @@ def weight_rate(weights: WeightSettings, epoch: int) -> float:
 
 
 def train_weights(
-    supernet: Supernet,
-    architecture: Mixture | Genotype,
+    supernet: nn.Module,
+    architecture: Mixture | AnyGenotype,
     train: Batch,
     optimizer: torch.optim.Optimizer,
     grad_clip: float,

@@ -24,8 +24,8 @@ from fastnas.engine.mixture import Alphas, Mixture
 from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
 from fastnas.errors import UserError
 from fastnas.methods.base import Figure, Problem, check_betas, train_weights, weight_optimizer, weight_rate
-from fastnas.spaces.derive import count_skips, derive_top2
-from fastnas.spaces.genotype import Genotype
+from fastnas.spaces import AnyGenotype, ArchitectureString, Nasbench201Space
+from fastnas.spaces.derive import SKIP, count_skips, derive_top2
 
 WEIGHTS, ARCHITECTURE, EVALUATION = 1, 2, 3  # uses of random channels
 FINITE_DIFFERENCE = 1e-2  # eps times the gradient's norm, section 2.3
@@ -133,7 +133,10 @@ class Darts:
         alphas = list(self.alphas.parameters())
         search_loss = F.cross_entropy(self.supernet(search[0], self.mixture(ARCHITECTURE)), search[1])
         gradients = torch.autograd.grad(search_loss, alphas + parameters, allow_unused=True)
-        gradients, vector = list(gradients[: len(alphas)]), _zero_for_none(gradients[len(alphas) :], parameters)
+        gradients, vector = (
+            _zero_for_none(gradients[: len(alphas)], alphas),
+            _zero_for_none(gradients[len(alphas) :], parameters),
+        )
         with torch.no_grad():
             for buffer, before in zip(self.supernet.buffers(), buffers, strict=True):
                 buffer.copy_(before)
@@ -159,7 +162,7 @@ class Darts:
     def _alpha_gradient(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         x, y = batch
         loss = F.cross_entropy(self.supernet(x, self.mixture(ARCHITECTURE)), y)
-        return loss.detach(), torch.autograd.grad(loss, list(self.alphas.parameters()))
+        return loss.detach(), _grad(loss, list(self.alphas.parameters()))
 
     def _sgd_direction(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """dL/dw + weight decay w + momentum buffer: what one SGD step would move along, its buffers unchanged."""
@@ -183,21 +186,28 @@ class Darts:
                 child = self.derive()
                 with batch_statistics(self.supernet):
                     figures["child_accuracy"] = evaluate(lambda x: self.supernet(x, child), search)["accuracy"]
+        figures["entropy"] = float(torch.cat(entropies).mean())
         uncapped = self._derive(mixture, None)
+        if isinstance(uncapped, ArchitectureString):
+            skips = uncapped.string.count(self.alphas.space.candidates.index(SKIP))
+            return figures | {"edge_entropy_normal": entropies[0].tolist(), "skips_normal": float(skips)}
         return figures | {
             "entropy_normal": float(entropies[0].mean()),
             "entropy_reduce": float(entropies[1].mean()),
-            "entropy": float(torch.cat(entropies).mean()),
             "edge_entropy_normal": entropies[0].tolist(),
             "edge_entropy_reduce": entropies[1].tolist(),
             "skips_normal": float(count_skips(uncapped.normal)),
             "skips_reduce": float(count_skips(uncapped.reduce)),
         }
 
-    def derive(self) -> Genotype:
+    def derive(self) -> AnyGenotype:
         return self._derive(self.alphas(), self.settings.max_skips)
 
-    def _derive(self, mixture: Mixture, max_skips: int | None) -> Genotype:
+    def _derive(self, mixture: Mixture, max_skips: int | None) -> AnyGenotype:
+        """Top-2 on DARTS-like cells; on NAS-Bench-201 the best candidate of each edge, `none` among them."""
+        space = self.alphas.space
+        if isinstance(space, Nasbench201Space):
+            return space.decode(mixture.normal.argmax(-1).tolist(), rule="argmax")
         return derive_top2(
             self.alphas.space,
             mixture.normal,
@@ -220,6 +230,10 @@ class Darts:
         self.alphas.load_state_dict(state["alphas"])
         self.weight_optimizer.load_state_dict(state["weight_optimizer"])
         self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+
+
+def _grad(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    return _zero_for_none(torch.autograd.grad(loss, parameters, allow_unused=True), parameters)
 
 
 def _zero_for_none(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -10,11 +10,15 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from fastnas.config import option
 from fastnas.engine.cost import NetworkCost
+from fastnas.engine.networks import build_network
 from fastnas.errors import UserError
 from fastnas.methods.base import Problem
-from fastnas.spaces.genotype import Genotype
+from fastnas.profiler.counts import Counts, count
+from fastnas.spaces import AnyGenotype, ArchitectureString, DartsSpace
 
 String = tuple[int, ...]
 
@@ -56,14 +60,15 @@ class EvolutionSettings(LimitSettings):
 class Limits:
     """Whether a genotype fits: its parameters and multiply-adds in a network of the target's size.
 
-    Both are counted from cost tables that give an upper bound for genotypes that drop whole nodes, and the exact
-    number for all others: whatever passes stays within the limits when it is built.
+    In DARTS-like cells both are counted from cost tables that give an upper bound for genotypes that drop whole nodes,
+    and the exact number for all others: whatever passes stays within the limits when it is built.
     """
 
     def __init__(self, settings: LimitSettings, problem: Problem) -> None:
         self.parameters, self.multiply_adds = settings.max_parameters, settings.max_multiply_adds
         self.unlimited = self.parameters is None and self.multiply_adds is None
-        if not self.unlimited:
+        self.settings, self.problem = settings, problem
+        if not self.unlimited and isinstance(problem.space, DartsSpace):
             self.costs = NetworkCost(
                 problem.space,
                 channels=settings.target_channels,
@@ -74,13 +79,27 @@ class Limits:
                 stem=problem.weights.stem,
             )
 
-    def allow(self, genotype: Genotype) -> bool:
+    def allow(self, genotype: AnyGenotype) -> bool:
         if self.unlimited:
             return True
-        cost = self.costs.of(genotype)
+        cost = self._count(genotype) if isinstance(genotype, ArchitectureString) else self.costs.of(genotype)
         return (self.parameters is None or cost.parameters <= self.parameters) and (
             self.multiply_adds is None or cost.multiply_adds <= self.multiply_adds
         )
+
+    def _count(self, genotype: ArchitectureString) -> Counts:
+        """By building the network without memory: exact, in milliseconds."""
+        settings, problem = self.settings, self.problem
+        with torch.device("meta"):
+            network = build_network(
+                genotype,
+                channels=settings.target_channels,
+                cells=settings.target_cells,
+                classes=problem.classes,
+                in_channels=problem.in_channels,
+                stem=problem.weights.stem,
+            )
+        return count(network, (problem.in_channels, problem.image_size, problem.image_size))
 
 
 def random_string(choices: Sequence[int], rng: random.Random) -> String:

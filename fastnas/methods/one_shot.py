@@ -60,14 +60,7 @@ class OneShot:
             )
         self.settings, self.weights, self.problem = settings, weights, problem
         self.space = problem.space
-        self.supernet = ChoiceBlockNetwork(
-            self.space,
-            channels=weights.channels,
-            cells=weights.cells,
-            classes=problem.classes,
-            in_channels=problem.in_channels,
-            ghost=settings.ghost_batch,
-        ).to(problem.device)
+        self.supernet: ChoiceBlockNetwork = problem.supernet(ghost=settings.ghost_batch)
         # Weight decay is added per path, see `step`.
         self.weight_optimizer = torch.optim.SGD(
             self.supernet.parameters(), weights.lr, weights.momentum, nesterov=weights.momentum > 0

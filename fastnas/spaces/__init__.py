@@ -4,24 +4,36 @@ from fastnas.spaces.architecture import ArchitectureString
 from fastnas.spaces.choice_blocks import ChoiceBlockSpace
 from fastnas.spaces.darts import DARTS_CANDIDATES, DartsSpace, reduction_cells
 from fastnas.spaces.genotype import Genotype, load_genotype
+from fastnas.spaces.nasbench201 import Nasbench201Space
 from fastnas.spaces.nasnet import NASNET_CANDIDATES, NasnetSpace
 from fastnas.spaces.published import PUBLISHED
+from fastnas.spaces.shufflenet import ShufflenetSpace
 
-AnySpace = DartsSpace | ChoiceBlockSpace
+AnySpace = DartsSpace | ChoiceBlockSpace | Nasbench201Space | ShufflenetSpace
 AnyGenotype = Genotype | ArchitectureString
 
 SPACES: dict[str, type[AnySpace]] = {
     "darts": DartsSpace,
     "nasnet": NasnetSpace,
     "choice_blocks": ChoiceBlockSpace,
+    "nasbench201": Nasbench201Space,
+    "shufflenet": ShufflenetSpace,
+    "shufflenet_se": ShufflenetSpace,
 }
 CELL_SPACES = ("darts", "nasnet")  # normal and reduction cells with one candidate an edge
 
 
 def build_space(name: str, *, nodes: int, cells: int) -> AnySpace:
-    """The space `name` in the sizes of a search: `nodes` of a cell (or its choice blocks)."""
+    """The space `name` in the sizes of a search: `nodes` of a cell (or its choice blocks), `cells` (or layers).
+
+    Raises UserError for sizes that it does not come in.
+    """
     if name == ChoiceBlockSpace.name:
         return ChoiceBlockSpace(nodes)
+    if name == Nasbench201Space.name:
+        return Nasbench201Space()
+    if name.startswith(ShufflenetSpace.name):
+        return ShufflenetSpace(cells, extras=name == "shufflenet_se")
     return SPACES[name](nodes=nodes)
 
 
@@ -37,7 +49,9 @@ __all__ = [
     "ChoiceBlockSpace",
     "DartsSpace",
     "Genotype",
+    "Nasbench201Space",
     "NasnetSpace",
+    "ShufflenetSpace",
     "build_space",
     "load_genotype",
     "reduction_cells",

@@ -50,6 +50,11 @@ class DartsSpace:
         """14 for four nodes."""
         return sum(2 + node for node in range(self.nodes))
 
+    @property
+    def num_reduction_edges(self) -> int:
+        """Those of the reduction cell, which is searched too."""
+        return self.num_edges
+
     def edge_slice(self, node: int) -> slice:
         """The edges that end in `node`: (0,2), (2,5), (5,9), (9,14) for four nodes."""
         start = sum(2 + earlier for earlier in range(node))
