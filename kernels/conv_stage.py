@@ -392,11 +392,12 @@ def conv_stage_ddw_kernel(
         t += 1
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache
 def _table(parts: tuple[int, ...], shapes: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
     """The rows of all parts, int32 on ``device``; shapes: side, depthwise elements and output channels of each.
 
-    Kept: a CUDA graph records the kernels that read it, and could not record this copy from the host.
+    Kept for good, a few hundred bytes each: a CUDA graph records the kernels that read it, and could not record this
+    copy from the host.
     """
     rows, at = [], 0
     for number, (side, depthwise, outputs, channels) in enumerate(shapes):
