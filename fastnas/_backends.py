@@ -70,6 +70,20 @@ def choose(stem: str, device_type: str) -> str:
     return name
 
 
+def served(stem: str, op: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`op`, or `reference` where that is the backend of `stem`.
+
+    For ops whose first argument says the device: a tensor, or a list of them.
+    """
+
+    def call(*arguments: Any) -> Any:
+        first = arguments[0]
+        device = (first if isinstance(first, torch.Tensor) else first[0]).device
+        return (reference if choose(stem, device.type) == "reference" else op)(*arguments)
+
+    return call
+
+
 def bind_by_environment() -> None:
     """Bind by ``FASTNAS_BACKEND``; what is wrong with it is said when an op is first called, not on import."""
     try:

@@ -103,7 +103,7 @@ def check(line: str, *parts: str) -> None:
         ("--preset retrain", ("the preset retrain is for python -m fastnas.retrain",)),
         ("--preset parsec --method darts", ("parsec is for method parsec, not darts", "drop --preset or --method")),
         ("--method dart", ("method must be one of darts, pc_darts", "got 'dart'", "did you mean 'darts'?")),
-        ("--space nasbench", ("space must be one of darts, nasnet, got 'nasbench'",)),
+        ("--space nasbench", ("space must be one of darts, nasnet, ", "got 'nasbench'; did you mean 'nasbench201'?")),
         ("--bach-size 3", ("unknown argument --bach-size", "did you mean '--batch-size'", "fastnas.search --help")),
         ("--batch-size", ("--batch-size: expected one argument",)),
         ("--batch-size 0", ("batch-size must be at least", "got 0")),

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastnas import backend
 from fastnas.engine.mixture import Alphas
 from fastnas.engine.supernet import Supernet
 from fastnas.errors import UserError
@@ -203,3 +205,26 @@ def test_statistics_follow_the_network_to_another_dtype():
 def test_an_unknown_executor_is_refused():
     with pytest.raises(UserError, match="unknown executor 'fast'; there are plain, fused, lean"):
         Supernet(DartsSpace(), channels=8, cells=3, classes=2, executor="fast")
+
+
+class Calls(TorchDispatchMode):
+    """Names of the ops that are called within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_backend_that_was_asked_for_serves_the_stages():
+    supernet, alphas = build(nodes=2, cells=3, executor="fused")
+    x, _ = batch(size=8)
+    results = []
+    for choice, expected in (("", True), ("reference", False)):
+        with backend(choice), Calls() as calls:
+            results.append(supernet(x, alphas()))
+        assert ("fastnas::conv_stage_fwd" in calls.names) == expected
+    torch.testing.assert_close(*results)

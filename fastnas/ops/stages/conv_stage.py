@@ -145,12 +145,13 @@ def _bwd_fake(
     )
 
 
-conv_stage_fwd = define(
+_conv_stage_fwd = define(
     "conv_stage_fwd(Tensor[] xs, Tensor? norms, int[] parts, Tensor[] depthwise, Tensor[] pointwise, int stride, "
     "bool statistics) -> (Tensor, Tensor)",
     reference=_fwd_reference,
     fake=_fwd_fake,
 )
+conv_stage_fwd = _backends.served("conv_stage", _conv_stage_fwd, _fwd_reference)
 """Every part p reads ``xs[source]``, and writes channels ``first ...`` of its output::
 
     z[output][..., first:] = pointwise[p] * (depthwise[p] * relu(x))
@@ -165,13 +166,14 @@ Returns z ``[outputs, B, ceil(H / stride), ceil(W / stride), O]`` and, with `sta
 every output, ``[outputs, 2, O]``.
 """
 
-conv_stage_bwd = define(
+_conv_stage_bwd = define(
     "conv_stage_bwd(Tensor[] gs, Tensor[] zs, Tensor coef, Tensor[] xs, Tensor? norms, int[] parts, "
     "Tensor[] depthwise, Tensor[] pointwise, int stride, Tensor? base, bool need_dx, bool need_dw) "
     "-> (Tensor, Tensor, Tensor)",
     reference=_bwd_reference,
     fake=_bwd_fake,
 )
+conv_stage_bwd = _backends.served("conv_stage", _conv_stage_bwd, _bwd_reference)
 """The gradient that reaches output n is ``coef[n, 0] g + coef[n, 1] (z - coef[n, 3]) + coef[n, 2]``, per channel: that
 of a batch normalisation behind z, which thus is never written out.
 

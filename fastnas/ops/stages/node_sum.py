@@ -25,22 +25,24 @@ def _dots_reference(gs: list[Tensor], terms: list[Tensor], means: Tensor) -> Ten
     return torch.stack(pairs)
 
 
-node_sum = define(
+_node_sum = define(
     "node_sum(Tensor(a!) out, Tensor[] terms, Tensor coef, bool accumulate) -> ()",
     reference=_sum_reference,
     fake=lambda out, terms, coef, accumulate: None,
 )
+node_sum = _backends.served("node_sum", _node_sum, _sum_reference)
 """``out = sum_n coef[n, 0] (terms[n] - coef[n, 1])`` per channel, on top of what `out` holds if `accumulate`.
 
 With coef = (w / standard deviation, mean) these are the terms w BN(z) of a node (DESIGN: the normalisation is folded
 in). out, terms: maps ``[B, H, W, C]``; coef: ``[N, 2, C]``.
 """
 
-node_dots = define(
+_node_dots = define(
     "node_dots(Tensor[] gs, Tensor[] terms, Tensor means) -> Tensor",
     reference=_dots_reference,
     fake=lambda gs, terms, means: means.new_empty(len(terms), 2, means.shape[1]),
 )
+node_dots = _backends.served("node_sum", _node_dots, _dots_reference)
 """Sums over batch and pixels of ``gs[n]`` and of ``gs[n] (terms[n] - means[n])``: ``[N, 2, C]``.
 
 They give both the gradients of the weights and those of the normalisations. Neighbours that share a gradient should

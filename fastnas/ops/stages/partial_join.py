@@ -53,29 +53,32 @@ def _dx_reference(
     return dx if base is None else dx + base
 
 
-partial_join = define(
+_partial_join = define(
     "partial_join(Tensor(a!) out, Tensor mixed, Tensor[] xs, int[] strides, Tensor betas, int k) -> ()",
     reference=_join_reference,
     fake=lambda out, mixed, xs, strides, betas, k: None,
 )
+partial_join = _backends.served("partial_join", _partial_join, _join_reference)
 """``out = shuffle(cat(mixed, sum_n betas[n] x_n[C/K:]))``: a node of PC-DARTS (eq. 1 and 2), its edges summed.
 
 Channel g C/K + i of the concatenation becomes channel i K + g. Where ``strides[n]`` is 2, x_n is 2x2 max-pooled.
 out: map ``[B, H, W, C]``; mixed: ``[B, H, W, C/K]``; xs: maps ``[B, H strides[n], W strides[n], C]``; betas: ``[N]``.
 """
 
-partial_join_bwd = define(
+_partial_join_bwd = define(
     "partial_join_bwd(Tensor g, Tensor[] xs, int[] strides, int k) -> (Tensor, Tensor)",
     reference=_bwd_reference,
     fake=lambda g, xs, strides, k: (g.new_empty(*g.shape[:3], g.shape[3] // k), g.new_empty(len(xs))),
 )
+partial_join_bwd = _backends.served("partial_join", _partial_join_bwd, _bwd_reference)
 """Gradients of a node's mixed channels, ``[B, H, W, C/K]``, and of its betas, ``[N]``, from the node's own g."""
 
-partial_join_dx = define(
+_partial_join_dx = define(
     "partial_join_dx(Tensor x, Tensor[] gs, Tensor betas, int stride, int k, Tensor mixed, Tensor? base) -> Tensor",
     reference=_dx_reference,
     fake=lambda x, gs, betas, stride, k, mixed, base: x.new_empty(x.shape),
 )
+partial_join_dx = _backends.served("partial_join", _partial_join_dx, _dx_reference)
 """Gradient of a source state x, ``[B, H, W, C]``: `mixed` on its first C/K channels, what the nodes with gradients gs
 send back along the bypass on the others, plus `base`.
 """

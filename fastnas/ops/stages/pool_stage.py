@@ -49,20 +49,22 @@ def _bwd_reference(
     return (dx if base is None else base + dx).contiguous()
 
 
-pool_stage_fwd = define(
+_pool_stage_fwd = define(
     "pool_stage_fwd(Tensor x, int stride, bool statistics) -> (Tensor, Tensor)",
     reference=_fwd_reference,
     fake=_fwd_fake,
 )
+pool_stage_fwd = _backends.served("pool_stage", _pool_stage_fwd, _fwd_reference)
 """Max-pooled and average-pooled x (borders do not count), ``[2, B, H', W', C]``, and with `statistics` mean and biased
 variance of both, ``[2, 2, C]``. x: a map ``[B, H, W, C]``; H' = ceil(H / stride).
 """
 
-pool_stage_bwd = define(
+_pool_stage_bwd = define(
     "pool_stage_bwd(Tensor x, Tensor[] gs, Tensor scales, Tensor coef, int stride, Tensor? base) -> Tensor",
     reference=_bwd_reference,
     fake=lambda x, gs, scales, coef, stride, base: x.new_empty(x.shape),
 )
+pool_stage_bwd = _backends.served("pool_stage", _pool_stage_bwd, _bwd_reference)
 """What reaches x through both pools and, at stride 1, the identity, on top of `base` if given: ``[B, H, W, C]``.
 
 The pools are computed again. The gradient that reaches pool p (0 max, 1 average) is
