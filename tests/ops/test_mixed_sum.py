@@ -52,13 +52,14 @@ def test_any_number_of_tensors(count: int, poisoned: None) -> None:
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_shape_and_strides(data: st.DataObject) -> None:
+    """With positive values alone, so that no sum cancels and the rounding that is allowed is one of what was added."""
     shape = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
     xs = []
     for seed in range(data.draw(st.integers(1, 6))):
         order = data.draw(st.permutations(range(len(shape))))
         gap = data.draw(st.integers(0, len(shape)))
         stored = [shape[d] + 2 * (d == gap) for d in order]
-        x = torch.randn(stored, generator=torch.Generator().manual_seed(seed))
+        x = torch.rand(stored, generator=torch.Generator().manual_seed(seed)) + 0.5
         x = x.permute([order.index(d) for d in range(len(shape))])
         xs.append(x.narrow(gap, 1, shape[gap]) if gap < len(shape) else x)
     compare(xs, weights_for(len(xs)), xs[-1] + 1)

@@ -105,6 +105,7 @@ def test_value_and_every_gradient(setting: Setting, dtype: torch.dtype, channels
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_any_shape_and_strides(data: st.DataObject) -> None:
+    """With positive values alone, so that no sum cancels and the rounding that is allowed is one of what was added."""
     batch, count = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 3))
     total, stride = count * data.draw(st.integers(1, 4)), data.draw(st.integers(1, 2))
     size = [data.draw(st.integers(1, 9)) for _ in range(2)]
@@ -113,13 +114,13 @@ def test_any_shape_and_strides(data: st.DataObject) -> None:
 
     def any_layout(*shape: int) -> Tensor:
         order = data.draw(st.permutations(range(4)))
-        dense = torch.randn([shape[d] for d in order], generator=torch.Generator().manual_seed(next(seeds)))
-        return dense.permute([order.index(d) for d in range(4)])
+        dense = torch.rand([shape[d] for d in order], generator=torch.Generator().manual_seed(next(seeds)))
+        return (dense + 0.5).permute([order.index(d) for d in range(4)])
 
     mixed = [any_layout(batch, count, *out) for _ in range(data.draw(st.integers(1, 3)))]
     x, g = any_layout(batch, total, *size), any_layout(batch, total, *out)
     channels = fastnas.sample_channels(total, total // count) if data.draw(st.booleans()) else None
-    compare((mixed, torch.randn(len(mixed)), x if channels is not None else x[:, count:], channels, g), stride)
+    compare((mixed, torch.rand(len(mixed)), x if channels is not None else x[:, count:], channels, g), stride)
 
 
 def flow(order: list[int], k: int, count: int) -> list[int]:
