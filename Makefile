@@ -39,7 +39,7 @@ $(VENV)/bin/python:
 $(INSTALLED): $(VENV)/bin/python constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --upgrade -c constraints.txt pip setuptools ninja
 	$(BIN)/python -m pip install -c constraints.txt torch torchvision
-	flock $(LOCK) $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[vision,dev]'
+	flock $(LOCK) $(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)
