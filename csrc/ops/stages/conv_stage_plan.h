@@ -31,36 +31,44 @@ struct Part {
   int64_t kernel_size() const { return depthwise ? taps : 0; }  // a channel
 };
 
+// The weights of a part; no depthwise ones where it just takes pixels.
+struct PartWeights {
+  const Tensor* depthwise;
+  const Tensor* pointwise;
+};
+
 template <class T>
 class Plan {
  public:
+  static constexpr int64_t kFields = 5;
+
   Frame<T> frame;
   std::vector<Part<T>> parts;
   int64_t outputs = 0, out_channels = 0, weights = 0;
 
-  Plan(const char* op, const Map& x, const std::vector<int64_t>& description, const std::vector<Tensor>& depthwise,
-       const std::vector<Tensor>& pointwise, int64_t stride, int64_t sources, bool backward)
+  // description: `kFields` integers a part, as in the op.
+  Plan(const char* op, const Map& x, const std::vector<int64_t>& description, const std::vector<PartWeights>& given,
+       int64_t stride, int64_t sources, bool backward)
       : frame(x, stride) {
-    constexpr int64_t kFields = 5;
     STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2");
-    STD_TORCH_CHECK(
-        !pointwise.empty() && depthwise.size() == pointwise.size() && description.size() == kFields * pointwise.size(),
-        op, ": every part needs five integers and two weights");
-    for (size_t p = 0; p < pointwise.size(); ++p) {
+    STD_TORCH_CHECK(!given.empty() && description.size() == kFields * given.size(), op,
+                    ": every part needs five integers and two weights");
+    for (size_t p = 0; p < given.size(); ++p) {
+      const auto [depthwise, pointwise] = given[p];
       const int64_t* field = description.data() + kFields * p;
       const int64_t dilation = field[3], shift = field[4];
       Part<T> part{};
       part.source = field[0], part.output = field[1], part.first = field[2];
-      part.depthwise = depthwise[p].numel() > 0;
-      const int64_t side = part.depthwise ? depthwise[p].size(-1) : 1;
+      part.depthwise = depthwise != nullptr;
+      const int64_t side = part.depthwise ? depthwise->size(-1) : 1;
       part.taps = side * side;
-      part.outputs = pointwise[p].size(0);
+      part.outputs = pointwise->size(0);
       STD_TORCH_CHECK((side == 1 || side == 3 || side == 5) && dilation >= 1 && (shift == 0 || shift == 1), op,
                       ": kernels are 3x3 or 5x5, shifts 0 or 1");
       STD_TORCH_CHECK(part.source >= 0 && part.source < sources && part.output >= 0 && part.first >= 0, op,
                       ": a part names a source or an output that is not there");
-      STD_TORCH_CHECK(pointwise[p].numel() == part.outputs * frame.channels &&
-                          (!part.depthwise || depthwise[p].numel() == part.taps * frame.channels),
+      STD_TORCH_CHECK(pointwise->numel() == part.outputs * frame.channels &&
+                          (!part.depthwise || depthwise->numel() == part.taps * frame.channels),
                       op, ": weights do not fit the channels of the maps");
       part.flat = frame.flat && part.outputs == frame.channels;
       part.out_pitch = part.flat ? frame.channels : rounded_up(part.outputs, kLanes<T>);
@@ -77,8 +85,8 @@ class Plan {
       const int64_t* field = description.data() + kFields * p;
       parts[p].dilation = frame.flat || stride == 2 ? 0 : field[3];
       place_taps(parts[p], field[3], field[4]);
-      pack_kernel(parts[p], depthwise[p]);
-      pack_pointwise(parts[p], torch::stable::contiguous(pointwise[p]), backward);
+      pack_kernel(parts[p], given[p].depthwise);
+      pack_pointwise(parts[p], torch::stable::contiguous(*given[p].pointwise), backward);
     }
   }
 
@@ -94,12 +102,12 @@ class Plan {
     std::reverse(part.mirrored.begin(), part.mirrored.end());
   }
 
-  void pack_kernel(Part<T>& part, const Tensor& depthwise) {
+  void pack_kernel(Part<T>& part, const Tensor* depthwise) {
     constexpr int64_t lanes = kLanes<T>;
     part.kernel.assign(frame.vectors * part.taps * lanes, part.depthwise ? T(0) : T(1));
     part.turned = part.kernel;
     if (!part.depthwise) return;
-    const Tensor dense = torch::stable::contiguous(depthwise);
+    const Tensor dense = torch::stable::contiguous(*depthwise);
     const T* w = data<T>(dense);
     for (int64_t v = 0; v < frame.vectors; ++v)
       for (int64_t t = 0; t < part.taps; ++t)

@@ -45,6 +45,15 @@ inline void check_same_dtype(const char* op, const std::vector<Tensor>& tensors,
   for (const auto& t : tensors) STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": tensors differ in dtype");
 }
 
+// A map and where it begins.
+template <class T>
+struct View {
+  const T* data;
+  Map map;
+
+  const T* image(int64_t b) const { return data + b * map.image(); }
+};
+
 template <class T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.data_ptr());
@@ -52,6 +61,14 @@ const T* data(const Tensor& t) {
 template <class T>
 T* data(Tensor& t) {
   return static_cast<T*>(t.data_ptr());
+}
+
+// The views of tensors that must all have the size of `like`.
+template <class T>
+std::vector<View<T>> views_like(const char* op, const std::vector<Tensor>& tensors, const Map& like) {
+  std::vector<View<T>> views;
+  for (const auto& t : tensors) views.push_back({data<T>(t), map_like(op, t, like)});
+  return views;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,5 +1,7 @@
 // Max and average pooling (3x3) of a map and their gradient. Schema and meaning: fastnas/ops/stages/pool_stage.py.
 
+#include "ops/stages/pool_stage.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -99,53 +101,6 @@ struct Bordered {
   }
 };
 
-std::tuple<Tensor, Tensor> pool_stage_fwd(Tensor x, int64_t stride, bool statistics) {
-  constexpr const char* op = "pool_stage_fwd";
-  STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2");
-  const Map map = map_of(op, x);
-  Tensor pooled, stats;
-  dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
-    using T = decltype(tag);
-    const Windows<T> windows(map, stride);
-    const Frame<T>& f = windows.frame;
-    const int64_t pixels = f.out_height * f.out_width, channels = f.channels;
-    pooled = torch::stable::new_empty(x, {2, map.batch, f.out_height, f.out_width, channels});
-    stats = torch::stable::new_empty(x, statistics ? std::vector<int64_t>{2, 2, channels} : std::vector<int64_t>{0});
-    Statistics<T> measured(statistics ? 2 : 0, map.batch, pixels, channels);
-    T* out = data<T>(pooled);
-    for_each_chunk(map.batch, chunk_count(map.batch), [&](int64_t, int64_t begin, int64_t end) {
-      Bordered<T> image(f);
-      Scratch<T> rows[2]{Scratch<T>(f.row(f.out_width)), Scratch<T>(f.row(f.out_width))};
-      ChannelSums<T> sums(pixels, channels);
-      vectorised([&]() FASTNAS_INLINE {
-        for (int64_t b = begin; b < end; ++b) {
-          image.load(f, data<T>(x) + b * map.image(), map.pixel);
-          for (int64_t y = 0; y < f.out_height; ++y) {
-            pool_row(rows[0].data(), rows[1].data(), image.low.data(), image.zero.data(), windows, y);
-            for (int64_t which = 0; which < 2; ++which) {
-              T* target = out + ((which * map.batch + b) * pixels + y * f.out_width) * channels;
-              const T* row = rows[which].data();
-              const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
-                read(row + p * f.pitch + c, v);
-                write(target + p * channels + c, v);
-              };
-              if (f.flat)
-                for_each_dense_value<T>(f.out_width, channels, body);
-              else
-                for_each_value<T>(f.out_width, channels, body);
-            }
-          }
-          if (statistics)
-            for (int64_t which = 0; which < 2; ++which)
-              measured.measure(which, b, out + (which * map.batch + b) * pixels * channels, sums);
-        }
-      });
-    });
-    if (statistics) measured.write(data<T>(stats));
-  });
-  return {pooled, stats};
-}
-
 // A gradient of the output, with what goes through the maximum, the average and the identity.
 template <class T>
 struct Weighted {
@@ -217,6 +172,133 @@ FASTNAS_INLINE inline void scatter_row(T* dx, const T* low, const T* highest, co
     }
 }
 
+}  // namespace
+
+template <class T>
+void pool(const View<T>& x, int64_t stride, T* pooled, T* stats) {
+  const Map& map = x.map;
+  const Windows<T> windows(map, stride);
+  const Frame<T>& f = windows.frame;
+  const int64_t pixels = f.out_height * f.out_width, channels = f.channels;
+  Statistics<T> measured(stats ? 2 : 0, map.batch, pixels, channels);
+  for_each_chunk(map.batch, chunk_count(map.batch), [&](int64_t, int64_t begin, int64_t end) {
+    Bordered<T> image(f);
+    Scratch<T> rows[2]{Scratch<T>(f.row(f.out_width)), Scratch<T>(f.row(f.out_width))};
+    ChannelSums<T> sums(pixels, channels);
+    vectorised([&]() FASTNAS_INLINE {
+      for (int64_t b = begin; b < end; ++b) {
+        image.load(f, x.image(b), map.pixel);
+        for (int64_t y = 0; y < f.out_height; ++y) {
+          pool_row(rows[0].data(), rows[1].data(), image.low.data(), image.zero.data(), windows, y);
+          for (int64_t which = 0; which < 2; ++which) {
+            T* target = pooled + ((which * map.batch + b) * pixels + y * f.out_width) * channels;
+            const T* row = rows[which].data();
+            const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+              read(row + p * f.pitch + c, v);
+              write(target + p * channels + c, v);
+            };
+            if (f.flat)
+              for_each_dense_value<T>(f.out_width, channels, body);
+            else
+              for_each_value<T>(f.out_width, channels, body);
+          }
+        }
+        if (stats)
+          for (int64_t which = 0; which < 2; ++which)
+            measured.measure(which, b, pooled + (which * map.batch + b) * pixels * channels, sums);
+      }
+    });
+  });
+  if (stats) measured.write(stats);
+}
+
+template <class T>
+void pool_backward(const View<T>& x, const std::vector<View<T>>& gs, const T* scales, const T* coef, int64_t stride,
+                   const std::optional<View<T>>& base, T* dx) {
+  const Map& map = x.map;
+  const Windows<T> windows(map, stride);
+  const Frame<T>& f = windows.frame;
+  const int64_t count = static_cast<int64_t>(gs.size()), channels = map.channels;
+  const int64_t base_pixel = base ? base->map.pixel : 0;
+  const int64_t width = repeated_width<T>(channels), length = f.row(f.out_width);
+  const std::vector<T> scale = repeated(scales, 3 * count, channels), affine = repeated(coef, 6, channels);
+  for_each_chunk(map.batch, chunk_count(map.batch), [&](int64_t, int64_t begin, int64_t end) {
+    Bordered<T> image(f);
+    Scratch<T> gradient(f.padded_size()), pools[2]{Scratch<T>(length), Scratch<T>(length)};
+    Scratch<T> totals[2]{Scratch<T>(length), Scratch<T>(length)}, through(f.out_height * length);
+    std::vector<Weighted<T>> weighted(count);
+    vectorised([&]() FASTNAS_INLINE {
+      for (int64_t b = begin; b < end; ++b) {
+        image.load(f, x.image(b), map.pixel);
+        std::fill_n(gradient.data(), f.padded_size(), T(0));
+        for (int64_t y = 0; y < f.out_height; ++y) {
+          pool_row(pools[0].data(), pools[1].data(), image.low.data(), image.zero.data(), windows, y);
+          bool dense = true;
+          for (int64_t n = 0; n < count; ++n) {
+            weighted[n] = {gs[n].image(b) + y * f.out_width * gs[n].map.pixel, gs[n].map.pixel,
+                           scale.data() + n * 3 * width};
+            dense = dense && gs[n].map.pixel == channels;
+          }
+          T* const targets[] = {totals[0].data(), totals[1].data(), through.data() + y * length};
+          const T* const rows[] = {pools[0].data(), pools[1].data()};
+          combine_row<T>(targets, rows, affine.data(), width, weighted, f, dense);
+          scatter_row(gradient.data(), image.low.data(), pools[0].data(), totals[0].data(), totals[1].data(), windows,
+                      y);
+        }
+        T* target = dx + b * map.pixels() * channels;
+        const T* add = base ? base->image(b) : nullptr;
+        for (int64_t y = 0; y < f.height; ++y)
+          for (int64_t first = 0; first < std::min(f.stride, f.width); ++first) {
+            const int64_t from = y * f.width + first, pixels = ceil_div(f.width - first, f.stride);
+            const T* d = gradient.data() + (y + 1) * f.padded_row() + f.column(1 + first);
+            const T* straight = through.data() + y * length;
+            const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+              auto more = v;
+              read(d + p * f.pitch + c, v);
+              if (stride == 1) {
+                read(straight + p * f.pitch + c, more);
+                v += more;
+              }
+              if (add) {
+                read(add + (from + p * f.stride) * base_pixel + c, more);
+                v += more;
+              }
+              write(target + (from + p * f.stride) * channels + c, v);
+            };
+            if (f.flat && stride == 1 && (!add || base_pixel == channels))
+              for_each_dense_value<T>(pixels, channels, body);
+            else
+              for_each_value<T>(pixels, channels, body);
+          }
+      }
+    });
+  });
+}
+
+template void pool(const View<float>&, int64_t, float*, float*);
+template void pool(const View<double>&, int64_t, double*, double*);
+template void pool_backward(const View<float>&, const std::vector<View<float>>&, const float*, const float*, int64_t,
+                            const std::optional<View<float>>&, float*);
+template void pool_backward(const View<double>&, const std::vector<View<double>>&, const double*, const double*,
+                            int64_t, const std::optional<View<double>>&, double*);
+
+namespace {
+
+std::tuple<Tensor, Tensor> pool_stage_fwd(Tensor x, int64_t stride, bool statistics) {
+  constexpr const char* op = "pool_stage_fwd";
+  STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2");
+  const Map map = map_of(op, x);
+  Tensor pooled = torch::stable::new_empty(
+      x, {2, map.batch, ceil_div(map.height, stride), ceil_div(map.width, stride), map.channels});
+  Tensor stats =
+      torch::stable::new_empty(x, statistics ? std::vector<int64_t>{2, 2, map.channels} : std::vector<int64_t>{0});
+  dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
+    using T = decltype(tag);
+    pool(View<T>{data<T>(x), map}, stride, data<T>(pooled), statistics ? data<T>(stats) : nullptr);
+  });
+  return {pooled, stats};
+}
+
 Tensor pool_stage_bwd(Tensor x, std::vector<Tensor> gs, Tensor scales, Tensor coef, int64_t stride,
                       std::optional<Tensor> base) {
   constexpr const char* op = "pool_stage_bwd";
@@ -226,72 +308,18 @@ Tensor pool_stage_bwd(Tensor x, std::vector<Tensor> gs, Tensor scales, Tensor co
   STD_TORCH_CHECK(count > 0 && scales.numel() == count * 3 * channels && coef.numel() == 6 * channels, op,
                   ": every gradient needs its scales");
   for (const auto& tensors : {gs, {scales, coef}}) check_same_dtype(op, tensors, x.scalar_type());
-  const Map base_map = base ? map_like(op, *base, map) : map;
-  const Tensor out = torch::stable::new_empty(x, {map.batch, map.height, map.width, channels});
+  const Map out_map{map.batch, ceil_div(map.height, stride), ceil_div(map.width, stride), channels, channels};
+  Tensor dx = torch::stable::new_empty(x, {map.batch, map.height, map.width, channels});
+  scales = torch::stable::contiguous(scales);
+  coef = torch::stable::contiguous(coef);
   dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
     using T = decltype(tag);
-    const Windows<T> windows(map, stride);
-    const Frame<T>& f = windows.frame;
-    const Map out_map{map.batch, f.out_height, f.out_width, channels, channels};
-    std::vector<Map> maps;
-    for (const auto& g : gs) maps.push_back(map_like(op, g, out_map));
-    const int64_t width = repeated_width<T>(channels), length = f.row(f.out_width);
-    const std::vector<T> scale = repeated(data<T>(torch::stable::contiguous(scales)), 3 * count, channels);
-    const std::vector<T> affine = repeated(data<T>(torch::stable::contiguous(coef)), 6, channels);
-    T* dx = static_cast<T*>(out.data_ptr());
-    for_each_chunk(map.batch, chunk_count(map.batch), [&](int64_t, int64_t begin, int64_t end) {
-      Bordered<T> image(f);
-      Scratch<T> gradient(f.padded_size()), pools[2]{Scratch<T>(length), Scratch<T>(length)};
-      Scratch<T> totals[2]{Scratch<T>(length), Scratch<T>(length)}, through(f.out_height * length);
-      std::vector<Weighted<T>> weighted(count);
-      vectorised([&]() FASTNAS_INLINE {
-        for (int64_t b = begin; b < end; ++b) {
-          image.load(f, data<T>(x) + b * map.image(), map.pixel);
-          std::fill_n(gradient.data(), f.padded_size(), T(0));
-          for (int64_t y = 0; y < f.out_height; ++y) {
-            pool_row(pools[0].data(), pools[1].data(), image.low.data(), image.zero.data(), windows, y);
-            bool dense = true;
-            for (int64_t n = 0; n < count; ++n) {
-              weighted[n] = {data<T>(gs[n]) + b * maps[n].image() + y * f.out_width * maps[n].pixel, maps[n].pixel,
-                             scale.data() + n * 3 * width};
-              dense = dense && maps[n].pixel == channels;
-            }
-            T* const targets[] = {totals[0].data(), totals[1].data(), through.data() + y * length};
-            const T* const rows[] = {pools[0].data(), pools[1].data()};
-            combine_row<T>(targets, rows, affine.data(), width, weighted, f, dense);
-            scatter_row(gradient.data(), image.low.data(), pools[0].data(), totals[0].data(), totals[1].data(), windows,
-                        y);
-          }
-          T* target = dx + b * map.pixels() * channels;
-          const T* add = base ? data<T>(*base) + b * base_map.image() : nullptr;
-          for (int64_t y = 0; y < f.height; ++y)
-            for (int64_t first = 0; first < std::min(f.stride, f.width); ++first) {
-              const int64_t from = y * f.width + first, pixels = ceil_div(f.width - first, f.stride);
-              const T* d = gradient.data() + (y + 1) * f.padded_row() + f.column(1 + first);
-              const T* straight = through.data() + y * length;
-              const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
-                auto more = v;
-                read(d + p * f.pitch + c, v);
-                if (stride == 1) {
-                  read(straight + p * f.pitch + c, more);
-                  v += more;
-                }
-                if (add) {
-                  read(add + (from + p * f.stride) * base_map.pixel + c, more);
-                  v += more;
-                }
-                write(target + (from + p * f.stride) * channels + c, v);
-              };
-              if (f.flat && stride == 1 && (!add || base_map.pixel == channels))
-                for_each_dense_value<T>(pixels, channels, body);
-              else
-                for_each_value<T>(pixels, channels, body);
-            }
-        }
-      });
-    });
+    std::optional<View<T>> under;
+    if (base) under = View<T>{data<T>(*base), map_like(op, *base, map)};
+    pool_backward<T>({data<T>(x), map}, views_like<T>(op, gs, out_map), data<T>(scales), data<T>(coef), stride, under,
+                     data<T>(dx));
   });
-  return out;
+  return dx;
 }
 
 }  // namespace

@@ -1,0 +1,78 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "ops/stages/conv_stage_loops.h"
+#include "ops/stages/conv_stage_plan.h"
+
+// What conv_stage does with an image both forward and backward: relu into a buffer with a border, and the depthwise
+// convolution of it.
+
+namespace fastnas {
+
+// What relu takes: x, or (x - mean) * norm.
+template <class T>
+struct Input {
+  const T* x;
+  int64_t pixel;         // elements from one pixel to the next
+  const T *mean, *norm;  // repeated, or null
+};
+
+// relu of pixels `x_step` apart.
+template <class T>
+FASTNAS_INLINE inline void activate_row(T* out, const Frame<T>& f, const Input<T>& in, const T* x, int64_t x_step,
+                                        int64_t pixels) {
+  const auto each = [&](const auto& body) FASTNAS_INLINE {
+    if (f.flat && x_step == f.channels) return for_each_dense_value<T>(pixels, f.channels, body);
+    for_each_value<T>(pixels, f.channels, body);
+  };
+  if (in.mean) {
+    each([&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+      auto mean = v, norm = v;
+      read(x + p * x_step + c, v);
+      read(in.mean + c, mean);
+      read(in.norm + c, norm);
+      v = (v - mean) * norm;
+      write(out + p * f.pitch + c, v > 0 ? v : decltype(v){});
+    });
+  } else {
+    each([&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+      read(x + p * x_step + c, v);
+      write(out + p * f.pitch + c, v > 0 ? v : decltype(v){});
+    });
+  }
+}
+
+// relu of an image, inside its border of zeros.
+template <class T>
+FASTNAS_INLINE inline void activate(T* padded, const Frame<T>& f, const Input<T>& in) {
+  for (int64_t y = 0; y < f.height; ++y) {
+    T* row = padded + (y + f.border) * f.padded_row();
+    const T* x = in.x + y * f.width * in.pixel;
+    for (int64_t first = 0; first < std::min(f.stride, f.width); ++first)
+      activate_row(row + f.column(f.border + first), f, in, x + first * in.pixel, f.stride * in.pixel,
+                   ceil_div(f.width - first, f.stride));
+  }
+}
+
+// The depthwise convolution of an image: rows of the output's size, without border.
+template <class T>
+FASTNAS_INLINE inline void depthwise(T* out, const T* padded, const Frame<T>& f, const Part<T>& part) {
+  dispatch_taps(part.taps, part.dilation, [&](auto taps, auto dilation) FASTNAS_INLINE {
+    for (int64_t y = 0; y < f.out_height; ++y)
+      convolve_row<T, taps, dilation, false>(out + y * f.row(f.out_width), padded + y * f.padded_row_step(),
+                                             part.offsets.data(), part.kernel.data(), f.positions(f.out_width),
+                                             f.vectors, f.step);
+  });
+}
+
+// Where the pixels of a buffer follow each other without gaps an image is one long row.
+template <class T>
+struct Run {
+  int64_t rows, pixels;
+  explicit Run(const Frame<T>& f)
+      : rows(f.flat ? f.out_height : 1), pixels(f.flat ? f.out_width : f.out_height * f.out_width) {}
+};
+
+}  // namespace fastnas
