@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastnas.engine.fused_cell import fused_cell, fused_norm
-from fastnas.engine.fused_plan import CellPlan, Convolutions, edge_norms
+from fastnas.engine.fused_cell import fused_cell
+from fastnas.engine.fused_norm import fused_norm
+from fastnas.engine.fused_plan import CellPlan, Stage, edge_norms
 from fastnas.engine.mixture import Mixture
 from fastnas.engine.running import RunningStatistics
 from fastnas.nn import FactorizedReduce, ReLUConvBN
@@ -22,7 +23,7 @@ class _Preprocess:
     """ReLU, 1x1 convolution (or FactorizedReduce) and normalisation before a state, as one stage."""
 
     def __init__(self, module: ReLUConvBN | FactorizedReduce) -> None:
-        self.stage = Convolutions()
+        self.stage = Stage()
         if isinstance(module, FactorizedReduce):
             self.stride = 2
             self.stage.add_reduce(0, module)

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from fastnas.engine.running import RunningStatistics
 from fastnas.nn import FactorizedReduce, MixedOp
 from fastnas.nn.candidates import DilConv, SepConv
+from fastnas.ops.stages.source_stage import Convolutions, Layout, Term
 from fastnas.spaces.darts import DartsSpace
 
 POOLS = ("max_pool_3x3", "avg_pool_3x3")  # in the order of pool_stage
 CONVOLUTIONS = ("sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
 
 
-class Convolutions:
-    """What a conv_stage call convolves. `norms`: the batch normalisation behind each of its outputs."""
+class Stage:
+    """The modules behind a conv_stage call. `norms`: the batch normalisation behind each of its outputs."""
 
     def __init__(self) -> None:
-        self.parts: list[int] = []  # of the op
+        self.layout = Convolutions()
         self.norms: list[nn.BatchNorm2d] = []
-        self._modules: list[tuple[nn.Conv2d | None, nn.Conv2d]] = []  # depthwise, pointwise of each part
+        self._modules: list[nn.Conv2d] = []  # of each part: depthwise if there is one, pointwise
 
     def add_separable(self, source: int, depthwise: nn.Conv2d, pointwise: nn.Conv2d, norm: nn.BatchNorm2d) -> int:
         """A new output: a depthwise-separable convolution. Returns its number."""
@@ -56,35 +57,15 @@ class Convolutions:
         dilation: int = 1,
         shift: int = 0,
     ) -> None:
-        self.parts += [source, len(self.norms) - 1, first, dilation, shift]
-        self._modules.append((depthwise, pointwise))
+        self.layout.parts += [source, len(self.norms) - 1, first, dilation, shift]
+        self.layout.kernels.append(depthwise is not None)
+        self.layout.outputs = len(self.norms)
+        self._modules += [pointwise] if depthwise is None else [depthwise, pointwise]
 
     @property
     def weights(self) -> list[Tensor]:
         """What the modules hold now, in the order of the flat gradient of conv_stage_bwd."""
-        return [module.weight for pair in self._modules for module in pair if module is not None]
-
-    def arranged(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """`weights` as the depthwise and pointwise arguments of the op."""
-        given = iter(weights)
-        none = weights[0].new_empty(0)
-        pairs = [(none if depthwise is None else next(given), next(given)) for depthwise, _ in self._modules]
-        return [depthwise for depthwise, _ in pairs], [pointwise for _, pointwise in pairs]
-
-    @cached_property
-    def weight_count(self) -> int:
-        return sum(module is not None for pair in self._modules for module in pair)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One weighted candidate of one edge; its map is number `index` of the `stage` (state, pool, first, second)."""
-
-    edge: int
-    candidate: int
-    node: int
-    stage: str
-    index: int
+        return [module.weight for module in self._modules]
 
 
 @dataclass(frozen=True)
@@ -98,21 +79,17 @@ class Extra:
 
 
 class SourcePlan:
-    """All that leaves one state of a cell.
+    """All that leaves one state of a cell: its stages, and the candidates that no stage knows.
 
-    `first` reads the state itself: convolutions (of the separable ones the first half) and strided identities;
-    `second` are the other halves, which read outputs `second_from` of the first stage. `terms` go by edge.
+    `nodes`: the nodes that the terms go to, in the order of the layout; terms go by edge.
     """
 
-    def __init__(self, stride: int, running: RunningStatistics) -> None:
-        self.stride = stride
-        self.running = running
-        self.first, self.second = Convolutions(), Convolutions()
-        self.second_from: list[int] = []
+    def __init__(self, stride: int) -> None:
         self.pool_norms: list[nn.BatchNorm2d] = []  # one of each pool of each edge
-        self.terms: list[Term] = []
+        self.first, self.second = Stage(), Stage()
+        self.nodes: list[int] = []
         self.extras: list[Extra] = []
-        self._indices: dict[torch.device, Indices] = {}
+        self.layout = Layout(stride, 0, self.first.layout, self.second.layout, [], [])
 
     def add(self, edge: int, candidate: int, node: int, name: str, module: nn.Module) -> None:
         """One more candidate; `none` costs nothing."""
@@ -129,31 +106,28 @@ class SourcePlan:
             if name != "none":
                 self.extras.append(Extra(edge, candidate, node, module))
             return
-        self.terms.append(Term(edge, candidate, node, *place))
+        if node not in self.nodes:
+            self.nodes.append(node)
+            self.layout.nodes += 1
+        self.layout.terms.append(Term(edge, candidate, self.nodes.index(node), *place))
 
     def _add_convolution(self, module: SepConv | DilConv) -> tuple[str, int]:
         layers = list(module)  # ReLU, depthwise, pointwise, norm, and of a SepConv the same again
         output = self.first.add_separable(0, *layers[1:4])
         if isinstance(module, DilConv):
             return "first", output
-        self.second_from.append(output)
-        return "second", self.second.add_separable(len(self.second_from) - 1, *layers[5:8])
+        second_from = self.layout.second_from
+        second_from.append(output)
+        return "second", self.second.add_separable(len(second_from) - 1, *layers[5:8])
+
+    @property
+    def norms(self) -> list[nn.BatchNorm2d]:
+        """Those behind the rows of the layout's norms but the first."""
+        return [*self.pool_norms, *self.first.norms, *self.second.norms]
 
     @cached_property
-    def by_node(self) -> list[tuple[int, slice]]:
-        """The nodes that terms go to, with the terms of each."""
-        nodes = [term.node for term in self.terms]
-        starts = {node: nodes.index(node) for node in nodes}
-        return [(node, slice(start, start + nodes.count(node))) for node, start in starts.items()]
-
-    def of_stage(self, stage: str) -> list[int]:
-        """Numbers of the terms whose maps that stage makes."""
-        return self._by_stage.get(stage, [])
-
-    @cached_property
-    def _by_stage(self) -> dict[str, list[int]]:
-        stages = {term.stage for term in self.terms}
-        return {stage: [n for n, term in enumerate(self.terms) if term.stage == stage] for stage in stages}
+    def stage_weight_count(self) -> int:
+        return self.first.layout.weight_count + self.second.layout.weight_count
 
     @cached_property
     def weight_count(self) -> int:
@@ -164,50 +138,6 @@ class SourcePlan:
         """Of the first stage, the second stage and the extras: the order in which their gradients come."""
         extras = [weight for extra in self.extras for weight in extra.module.parameters()]
         return [*self.first.weights, *self.second.weights, *extras]
-
-    def indices(self, device: torch.device) -> Indices:
-        """Index tensors of this plan on `device`, made once."""
-        if device not in self._indices:
-            self._indices[device] = Indices(self, device)
-        return self._indices[device]
-
-
-class Indices:
-    """Where things are, as index tensors. Rows of `Source.norms` are: no normalisation, one of each pool of each edge,
-    the outputs of the first stage, those of the second.
-
-    Of each term: `edges`, `candidates`, `rows`. `running`: rows of the cell's running statistics for rows 1 ... of
-    `Source.norms`. `second_from`: outputs of the first stage that the second reads, `second_rows` their rows.
-    `pool_terms`, `pool_columns`: terms that are pools, and which pool. `through_terms`, `through_nodes`,
-    `through_columns`: terms that are pools (0, 1) or the state itself (2), and their node among those of `by_node`.
-    `direct_terms`, `direct_outputs`: terms that are outputs of the first stage. `second_terms`.
-    """
-
-    def __init__(self, plan: SourcePlan, device: torch.device) -> None:
-        def index(numbers: Sequence[int]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.long, device=device)
-
-        terms, pools, direct = plan.terms, plan.of_stage("pool"), plan.of_stage("first")
-        first = 1 + len(pools)
-        start = {"state": 0, "first": first, "second": first + len(plan.first.norms)}
-        rows = [1 + pools.index(n) if t.stage == "pool" else start[t.stage] + t.index for n, t in enumerate(terms)]
-        nodes = [node for node, _ in plan.by_node]
-        through = [number for number, term in enumerate(terms) if term.stage in ("pool", "state")]
-        self.edges = index([term.edge for term in terms])
-        self.candidates = index([term.candidate for term in terms])
-        self.rows = index(rows)
-        norms = [*plan.pool_norms, *plan.first.norms, *plan.second.norms]
-        self.running = index([plan.running.row[norm] for norm in norms])
-        self.second_from = index(plan.second_from)
-        self.second_rows = self.second_from + first
-        self.pool_terms = index(pools)
-        self.pool_columns = index([terms[number].index for number in pools])
-        self.through_terms = index(through)
-        self.through_nodes = index([nodes.index(terms[number].node) for number in through])
-        self.through_columns = index([2 if terms[n].stage == "state" else terms[n].index for n in through])
-        self.direct_terms = index(direct)
-        self.direct_outputs = index([terms[number].index for number in direct])
-        self.second_terms = index(plan.of_stage("second"))
 
 
 def edge_norms(space: DartsSpace, edges: Sequence[MixedOp]) -> list[nn.BatchNorm2d]:
@@ -229,23 +159,39 @@ class CellPlan:
         active: Sequence[tuple[int, int]],
         running: RunningStatistics,
     ) -> None:
+        self.running = running
         self.nodes = space.nodes
         self.k = edges[0].k
         self.edge_slices = [space.edge_slice(node) for node in range(space.nodes)]
         self.strides = [edges[min(state, len(edges) - 1)].stride for state in (0, 1)] + [1] * space.nodes
-        self.sources = [SourcePlan(stride, running) for stride in self.strides]
+        self.sources = [SourcePlan(stride) for stride in self.strides]
         node_of = [node for node in range(space.nodes) for _ in range(2 + node)]
         for edge, candidate in sorted(active):
             state = space.sources[edge]
             name, module = space.candidates[candidate], edges[edge].candidates[candidate]
             self.sources[state].add(edge, candidate, node_of[edge], name, module)
+        self._indices: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Index tensors on `device`, made once, source by source: rows of the running statistics that the norms of the
+        layouts follow, and the edge and the candidate of every term."""
+        if device not in self._indices:
+            terms = [term for source in self.sources for term in source.layout.terms]
+            numbers = (
+                [self.running.row[norm] for source in self.sources for norm in source.norms],
+                [term.edge for term in terms],
+                [term.candidate for term in terms],
+            )
+            rows, edges, candidates = (torch.tensor(some, dtype=torch.long, device=device) for some in numbers)
+            self._indices[device] = rows, edges, candidates
+        return self._indices[device]
 
     @property
     def weights(self) -> list[Tensor]:
         """What the modules of all sources hold now, source by source."""
         return [weight for source in self.sources for weight in source.weights]
 
-    def by_source(self, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    def by_source(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
         """`weights` split up again."""
         given = iter(weights)
         return [list(islice(given, source.weight_count)) for source in self.sources]

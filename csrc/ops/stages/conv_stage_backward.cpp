@@ -47,24 +47,28 @@ class WeightGradients {
     for (const auto& chunk : chunks)
       for (size_t p = 0; p < plan_.parts.size(); ++p) {
         const Part<T>& part = plan_.parts[p];
-        const T* kernel = chunk.data() + kernels_[p];
-        if (part.depthwise)
-          for (int64_t v = 0; v < f.vectors; ++v)
-            for (int64_t t = 0; t < part.taps; ++t)
-              for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-                const int64_t c = f.flat ? lane % f.channels : v * kLanes<T> + lane;
-                if (c < f.channels)
-                  out[part.kernel_start + c * part.taps + t] += kernel[(v * part.taps + t) * kLanes<T> + lane];
-              }
+        if (part.depthwise) add_kernel(out + part.kernel_start, chunk.data() + kernels_[p], part.taps);
+        // Flat rows hold the gradient of several pixels beside each other.
         const T* pointwise = chunk.data() + pointwise_[p];
         const int64_t row = part.flat ? kLanes<T> : part.in_pitch, used = part.flat ? kLanes<T> : f.channels;
         for (int64_t o = 0; o < part.outputs; ++o)
-          for (int64_t i = 0; i < used; ++i)
-            out[part.pointwise_start + o * f.channels + i % f.channels] += pointwise[o * row + i];
+          for (int64_t pixel = 0; pixel < used; pixel += f.channels)
+            for (int64_t i = 0; i < f.channels; ++i)
+              out[part.pointwise_start + o * f.channels + i] += pointwise[o * row + pixel + i];
       }
   }
 
  private:
+  // out [channels][taps] += kernel [vectors][taps][lanes]
+  void add_kernel(T* out, const T* kernel, int64_t taps) const {
+    const Frame<T>& f = plan_.frame;
+    for (int64_t column = 0; column < (f.flat ? kLanes<T> : f.channels); ++column) {
+      T* own = out + (f.flat ? column % f.channels : column) * taps;
+      const T* packed = kernel + column / kLanes<T> * taps * kLanes<T> + column % kLanes<T>;
+      for (int64_t t = 0; t < taps; ++t) own[t] += packed[t * kLanes<T>];
+    }
+  }
+
   const Plan<T>& plan_;
   std::vector<int64_t> kernels_, pointwise_;
   int64_t size_ = 0;
@@ -83,8 +87,8 @@ struct Bench {
   explicit Bench(const Plan<T>& plan)
       : padded(plan.frame.padded_size()),
         flat_dz(plan.frame.flat ? plan.frame.out_height * plan.frame.row(plan.frame.out_width) : 0),
-        dz(plan.frame.out_height * plan.frame.out_width * rounded_up(plan.out_channels, kLanes<T>)),
-        deep(plan.frame.out_height * plan.frame.row(plan.frame.out_width)),
+        dz(plan.frame.out_height * plan.frame.out_width * rounded_up(plan.out_channels, kLanes<T>), false),
+        deep(plan.frame.out_height * plan.frame.row(plan.frame.out_width), false),
         deep_grad(plan.frame.padded_size()),
         dx(plan.frame.padded_size()) {}
 };

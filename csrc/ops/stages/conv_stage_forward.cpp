@@ -55,8 +55,8 @@ void convolve(const Plan<T>& plan, const std::vector<View<T>>& xs, const T* norm
   Statistics<T> measured(stats ? plan.outputs : 0, batch, pixels, channels);
   const int64_t pairs = sources * batch;
   for_each_chunk(pairs, chunk_count(pairs), [&](int64_t, int64_t begin, int64_t end) {
-    Scratch<T> padded(f.padded_size()), deep(f.out_height * f.row(f.out_width));
-    Scratch<T> result(pixels * rounded_up(channels, kLanes<T>));
+    Scratch<T> padded(f.padded_size()), deep(f.out_height * f.row(f.out_width), false);
+    Scratch<T> result(pixels * rounded_up(channels, kLanes<T>), false);
     ChannelSums<T> sums(pixels, channels);
     vectorised([&]() FASTNAS_INLINE {
       for (int64_t pair = begin; pair < end; ++pair) {

@@ -109,14 +109,16 @@ class Plan {
     if (!part.depthwise) return;
     const Tensor dense = torch::stable::contiguous(*depthwise);
     const T* w = data<T>(dense);
-    for (int64_t v = 0; v < frame.vectors; ++v)
-      for (int64_t t = 0; t < part.taps; ++t)
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          const int64_t c = frame.flat ? lane % frame.channels : v * lanes + lane;
-          if (c >= frame.channels) continue;
-          part.kernel[(v * part.taps + t) * lanes + lane] = w[c * part.taps + t];
-          part.turned[(v * part.taps + part.taps - 1 - t) * lanes + lane] = w[c * part.taps + t];
-        }
+    const int64_t width = frame.flat ? lanes : frame.channels;  // of flat rows the channels are repeated
+    for (int64_t column = 0; column < width; ++column) {
+      const T* own = w + (frame.flat ? column % frame.channels : column) * part.taps;
+      T* const packed = part.kernel.data() + column / lanes * part.taps * lanes + column % lanes;
+      T* const turned = part.turned.data() + (packed - part.kernel.data());
+      for (int64_t t = 0; t < part.taps; ++t) {
+        packed[t * lanes] = own[t];
+        turned[t * lanes] = own[part.taps - 1 - t];
+      }
+    }
   }
 
   void pack_pointwise(Part<T>& part, const Tensor& dense, bool backward) {

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -30,13 +31,10 @@ struct Layout {
   std::vector<Term> terms;
   int64_t pools = 0;
 
-  Layout(const char* op, const Tensor& packed) {
-    STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Long && packed.dim() == 1 && packed.stride(0) == 1, op,
-                    ": the layout is a vector of integers");
-    const int64_t* at = data<int64_t>(packed);
-    const int64_t* const end = at + packed.numel();
+  Layout(const char* op, const std::vector<int64_t>& packed) {
+    auto at = packed.begin();
     const auto next = [&]() {
-      STD_TORCH_CHECK(at < end, op, ": the layout ends too early");
+      STD_TORCH_CHECK(at != packed.end(), op, ": the layout ends too early");
       return *at++;
     };
     stride = next(), first_outputs = next(), second_outputs = next(), nodes = next();
@@ -51,7 +49,7 @@ struct Layout {
       pools += term.stage == kPool;
       terms.push_back(term);
     }
-    STD_TORCH_CHECK(at == end, op, ": the layout goes on behind its end");
+    STD_TORCH_CHECK(at == packed.end(), op, ": the layout goes on behind its end");
     int64_t pool = 0;
     for (auto& term : terms) {
       const int64_t limit[] = {1, 2, first_outputs, second_outputs};
@@ -84,11 +82,15 @@ struct Layout {
   }
 };
 
+struct Gradients {
+  Tensor dx, d_terms, first_dw, second_dw;  // without elements where they are not wanted
+};
+
 // The stages of a state on its map x.
 template <class T>
 class Source {
  public:
-  Source(const char* op, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& packed,
+  Source(const char* op, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& packed,
          const Tensor& mixture, bool backward)
       : layout_(op, packed), x_(x), view_{data<T>(x), map_of(op, x)} {
     check_same_dtype(op, weights, x.scalar_type());
@@ -143,11 +145,9 @@ class Source {
     return norms;
   }
 
-  // Runs the stages once more, their normalisation being known; or takes their outputs where they were kept.
-  void restore(const Tensor& first, const Tensor& second, const T* norm) {
-    if (layout_.first_outputs && !first.numel()) return run_convolutions(const_cast<T*>(norm), nullptr, T(0));
-    first_ = first, second_ = second;
-  }
+  // Takes the outputs of the stages, or computes them again, the norms being known.
+  void restore(const Tensor& first, const Tensor& second) { first_ = first, second_ = second; }
+  void restore(T* norms) { run_convolutions(norms, nullptr, T(0)); }
 
   const Tensor& first() const { return first_; }
   const Tensor& second() const { return second_; }
@@ -188,9 +188,9 @@ class Source {
     }
   }
 
-  // gs: of each node. d_terms: of the weight of each term; dx and dw null where they are not wanted.
-  void backward(const std::vector<View<T>>& gs, const std::optional<View<T>>& base, const T* norm, bool training,
-                T* d_terms, T* dx, T* dw) {
+  // gs: of each node. Memory for a result is taken when its turn has come.
+  Gradients backward(const std::vector<View<T>>& gs, const std::optional<View<T>>& base, const T* norm, bool training,
+                     bool need_dx, bool need_dw) {
     const int64_t channels = out_.channels, count = static_cast<int64_t>(layout_.terms.size());
     run_pools(nullptr);
     std::vector<View<T>> term_gs;
@@ -199,6 +199,9 @@ class Source {
     for (int64_t k = 0; k < count; ++k)
       std::copy_n(norm + layout_.terms[k].row * 2 * channels, channels, means.data() + k * channels);
     dot_terms(term_gs, term_maps(), means.data(), channels, dots.data());
+    forget_pools();
+    Gradients found{sized(0), sized(count), sized(0), sized(0)};
+    T* d_terms = data<T>(found.d_terms);
     for (int64_t k = 0; k < count; ++k) {
       const T* own = norm + layout_.terms[k].row * 2 * channels;
       through_norm(coef.data() + k * 4 * channels, own, scales_[k], dots.data() + k * 2 * channels, training);
@@ -208,15 +211,24 @@ class Source {
       d_terms[k] = static_cast<T>(sum);
     }
     std::optional<View<T>> under = base;
-    if (dx && straight_backward(dx, gs, coef.data(), base)) under = View<T>{dx, dense(view_.map)};
-    forget_pools();
-    if (layout_.first_outputs) convolutions_backward(term_gs, coef.data(), norm, under, training, dx, dw);
+    if (need_dx && goes_straight()) {
+      found.dx = like_x();
+      straight_backward(data<T>(found.dx), gs, coef.data(), base);
+      under = View<T>{data<T>(found.dx), dense(view_.map)};
+    }
+    if (layout_.first_outputs)
+      convolutions_backward(found, term_gs, coef.data(), norm, under, training, need_dx, need_dw);
+    return found;
   }
 
  private:
   int64_t second_sources() const { return static_cast<int64_t>(layout_.second_from.size()); }
   Tensor maps(int64_t count) const {
     return torch::stable::new_empty(x_, {count, out_.batch, out_.height, out_.width, out_.channels});
+  }
+  Tensor sized(int64_t count) const { return torch::stable::new_empty(x_, {count}); }
+  Tensor like_x() const {
+    return torch::stable::new_empty(x_, {view_.map.batch, view_.map.height, view_.map.width, view_.map.channels});
   }
   View<T> one(const Tensor& stage, int64_t index) const {
     return {data<T>(stage) + index * out_.batch * out_.image(), out_};
@@ -294,19 +306,24 @@ class Source {
     }
   }
 
-  // dx = what comes through pools and identities, on top of base; false where there are none.
-  bool straight_backward(T* dx, const std::vector<View<T>>& gs, const T* coef,
+  // Whether something comes through pools or identities.
+  bool goes_straight() const {
+    return std::any_of(layout_.terms.begin(), layout_.terms.end(),
+                       [](const Term& term) { return term.stage == kPool || term.stage == kState; });
+  }
+
+  // dx = what comes through pools and identities, on top of base.
+  void straight_backward(T* dx, const std::vector<View<T>>& gs, const T* coef,
                          const std::optional<View<T>>& base) const {
     const int64_t channels = out_.channels, count = static_cast<int64_t>(layout_.terms.size());
     std::vector<T> scales(gs.size() * 3 * channels), shared(6 * channels);
-    bool any = false;
     for (int64_t k = 0; k < count; ++k) {
       const Term& term = layout_.terms[k];
       if (term.stage != kPool && term.stage != kState) continue;
-      any = true;
       const T* own = coef + k * 4 * channels;
       const int64_t column = term.stage == kState ? 2 : term.index;
-      std::copy_n(own, channels, scales.data() + (term.node * 3 + column) * channels);
+      T* scale = scales.data() + (term.node * 3 + column) * channels;
+      for (int64_t c = 0; c < channels; ++c) scale[c] += own[c];
       if (term.stage == kState) continue;
       // Several edges share a pool: what they send to its statistics adds up; its mean is the same for all.
       T* sum = shared.data() + term.index * 3 * channels;
@@ -315,7 +332,7 @@ class Source {
     }
     if (layout_.pools) {
       pool_backward(view_, gs, scales.data(), shared.data(), layout_.stride, base, dx);
-    } else if (any) {
+    } else {
       std::vector<View<T>> terms;
       std::vector<T> factors;
       if (base) {
@@ -331,11 +348,10 @@ class Source {
       }
       sum_terms(dx, dense(view_.map), terms, factors.data(), false);
     }
-    return any;
   }
 
-  void convolutions_backward(const std::vector<View<T>>& term_gs, const T* coef, const T* norm,
-                             const std::optional<View<T>>& base, bool training, T* dx, T* dw) {
+  void convolutions_backward(Gradients& found, const std::vector<View<T>>& term_gs, const T* coef, const T* norm,
+                             const std::optional<View<T>>& base, bool training, bool need_dx, bool need_dw) {
     const int64_t channels = out_.channels, width = 4 * channels;
     std::vector<View<T>> first_gs(layout_.first_outputs, view_), second_gs(layout_.second_outputs, view_);
     std::vector<T> first_coef(layout_.first_outputs * width), second_coef(layout_.second_outputs * width);
@@ -350,11 +366,12 @@ class Source {
     if (layout_.second_outputs) {
       const int64_t inputs = second_sources();
       between = maps(inputs);
+      if (need_dw) found.second_dw = sized(second_plan_->weights);
       const std::vector<T> before = second_norms(norm);
       std::vector<T> dots(inputs * 2 * channels);
       convolve_backward<T>(*second_plan_, second_gs, all(second_, layout_.second_outputs), second_coef.data(),
                            second_inputs(), before.data(), std::nullopt, data<T>(between), dots.data(),
-                           dw ? dw + first_plan_->weights : nullptr);
+                           need_dw ? data<T>(found.second_dw) : nullptr);
       for (int64_t i = 0; i < inputs; ++i) {
         const int64_t from = layout_.second_from[i];
         first_gs[from] = one(between, i);
@@ -363,9 +380,12 @@ class Source {
       }
       second_ = Tensor();
     }
-    if (dx || dw)
-      convolve_backward<T>(*first_plan_, first_gs, all(first_, layout_.first_outputs), first_coef.data(), {view_},
-                           nullptr, base, dx, nullptr, dw);
+    if (!need_dx && !need_dw) return;
+    if (need_dx && !found.dx.numel()) found.dx = like_x();
+    if (need_dw) found.first_dw = sized(first_plan_->weights);
+    convolve_backward<T>(*first_plan_, first_gs, all(first_, layout_.first_outputs), first_coef.data(), {view_},
+                         nullptr, base, need_dx ? data<T>(found.dx) : nullptr, nullptr,
+                         need_dw ? data<T>(found.first_dw) : nullptr);
   }
 
   std::vector<View<T>> all(const Tensor& stage, int64_t count) const {
@@ -384,10 +404,10 @@ class Source {
   Tensor pool_, first_, second_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> source_stage_fwd(Tensor x, std::vector<Tensor> weights, Tensor layout,
-                                                            Tensor mixture, std::optional<Tensor> given,
-                                                            std::vector<Tensor> nodes, std::vector<int64_t> begun,
-                                                            double eps, bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> source_stage_fwd(Tensor x, std::vector<Tensor> weights,
+                                                            std::vector<int64_t> layout, Tensor mixture,
+                                                            std::optional<Tensor> given, std::vector<Tensor> nodes,
+                                                            std::vector<int64_t> begun, double eps, bool keep) {
   constexpr const char* op = "source_stage_fwd";
   Tensor norms, stats = torch::stable::new_empty(x, {0}), first = stats, second = stats;
   dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
@@ -411,12 +431,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_stage_fwd(Tensor x, std::vecto
   return {norms, stats, first, second};
 }
 
-std::tuple<Tensor, Tensor, Tensor> source_stage_bwd(Tensor x, std::vector<Tensor> weights, Tensor layout,
-                                                    Tensor mixture, Tensor norms, Tensor first, Tensor second,
-                                                    std::vector<Tensor> gs, std::optional<Tensor> base, bool training,
-                                                    bool need_dx, bool need_dw) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> source_stage_bwd(Tensor x, std::vector<Tensor> weights,
+                                                            std::vector<int64_t> layout, Tensor mixture, Tensor norms,
+                                                            Tensor first, Tensor second, std::vector<Tensor> gs,
+                                                            std::optional<Tensor> base, bool training, bool need_dx,
+                                                            bool need_dw) {
   constexpr const char* op = "source_stage_bwd";
-  Tensor dx, d_terms, dw;
+  Gradients found;
   dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
     using T = decltype(tag);
     for (const auto& tensors : {gs, {norms, first, second}}) check_same_dtype(op, tensors, x.scalar_type());
@@ -426,22 +447,18 @@ std::tuple<Tensor, Tensor, Tensor> source_stage_bwd(Tensor x, std::vector<Tensor
                         norms.numel() == known.rows() * 2 * source.channels(),
                     op, ": gradients or norms do not fit the layout");
     norms = torch::stable::contiguous(norms);
-    const Map map = map_of(op, x);
-    const auto sized = [&](bool wanted, std::vector<int64_t> size) {
-      return torch::stable::new_empty(x, wanted ? size : std::vector<int64_t>{0});
-    };
-    int64_t parameters = 0;
-    for (const auto& weight : weights) parameters += weight.numel();
     std::optional<View<T>> under;
-    if (base) under = View<T>{data<T>(*base), map_like(op, *base, map)};
-    source.restore(first, second, data<T>(norms));
-    dx = sized(need_dx, {map.batch, map.height, map.width, map.channels});
-    d_terms = sized(true, {static_cast<int64_t>(known.terms.size())});
-    dw = sized(need_dw, {parameters});
-    source.backward(views_like<T>(op, gs, source.out_map()), under, data<T>(norms), training, data<T>(d_terms),
-                    need_dx ? data<T>(dx) : nullptr, need_dw && parameters ? data<T>(dw) : nullptr);
+    if (base) under = View<T>{data<T>(*base), map_like(op, *base, map_of(op, x))};
+    if (known.first_outputs && !first.numel()) {
+      Source<T> again(op, x, weights, layout, mixture, false);
+      again.restore(data<T>(norms));
+      source.restore(again.first(), again.second());
+    } else {
+      source.restore(first, second);
+    }
+    found = source.backward(views_like<T>(op, gs, source.out_map()), under, data<T>(norms), training, need_dx, need_dw);
   });
-  return {dx, d_terms, dw};
+  return {found.dx, found.d_terms, found.first_dw, found.second_dw};
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """The stages of a fused supernet cell: the engine's own ops, below the drop-in ones.
 
 Maps are ``[B, H, W, C]`` with the channels next to each other in memory: a channels-last image seen through
-``permute(0, 2, 3, 1)``, or a slice of its channels. float32 or float64. Nothing here is differentiable by itself;
-``fastnas.engine.fused_cell`` puts the stages together and has the gradients.
+``permute(0, 2, 3, 1)``, or a slice of its channels. float32 or float64. Nothing here is differentiable by itself:
+``source_stage`` puts all stages of one state together, forward and backward, and ``fastnas.engine.fused_cell`` the
+states of a cell.
 """

@@ -185,4 +185,10 @@ and the weights' gradients, flat, part by part, depthwise before pointwise.
 What was not asked for, or has no meaning, has no elements.
 """
 
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A flat gradient as views of the weights' shapes."""
+    return list(torch._C._nn.unflatten_dense_tensors(flat, like))
+
+
 _backends.register("conv_stage", "conv_stage_fwd", "conv_stage_bwd")
