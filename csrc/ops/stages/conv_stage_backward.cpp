@@ -2,6 +2,7 @@
 #include "ops/stages/conv_stage.h"
 #include "ops/stages/conv_stage_image.h"
 #include "ops/stages/dots.h"
+#include "ops/stages/scratch.h"
 
 namespace fastnas {
 namespace {

@@ -1,6 +1,7 @@
 #include "ops/stages/chunks.h"
 #include "ops/stages/conv_stage.h"
 #include "ops/stages/conv_stage_image.h"
+#include "ops/stages/scratch.h"
 #include "ops/stages/statistics.h"
 
 namespace fastnas {

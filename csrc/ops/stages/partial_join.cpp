@@ -9,6 +9,7 @@
 
 #include "ops/stages/chunks.h"
 #include "ops/stages/frame.h"
+#include "ops/stages/scratch.h"
 
 namespace fastnas {
 namespace {

@@ -11,6 +11,7 @@
 
 #include "ops/stages/chunks.h"
 #include "ops/stages/frame.h"
+#include "ops/stages/scratch.h"
 #include "ops/stages/statistics.h"
 
 namespace fastnas {

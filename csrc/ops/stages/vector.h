@@ -1,9 +1,7 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <type_traits>
 
 #include "common/simd.h"
@@ -79,25 +77,5 @@ FASTNAS_INLINE inline void for_each_dense_value(int64_t pixels, int64_t channels
   for (int64_t p = whole * together; p < pixels; ++p)
     for (int64_t c = 0; c < channels; ++c) body(p, c, T{});
 }
-
-// Scratch memory that starts at a cache line and has room behind its end for whole vectors; zeroed where what the loops
-// leave out is read.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count, bool zeroed = true) {
-    const int64_t size = count + (kSlack + 1) * kLanes<T>;
-    memory_.reset(new T[size]);
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    data_ = memory_.get() + (64 - address % 64) % 64 / sizeof(T);
-    if (zeroed) std::fill_n(memory_.get(), size, T(0));
-  }
-  T* data() const { return data_; }
-
- private:
-  static constexpr int64_t kSlack = 16;  // vectors
-  std::unique_ptr<T[]> memory_;
-  T* data_;
-};
 
 }  // namespace fastnas
