@@ -66,27 +66,46 @@ FASTNAS_INLINE inline void load_image(T* padded, const Frame<T>& f, const T* x, 
     }
 }
 
-// A row of both pools. `low` has a border of minus infinity, `zero` one of zeros.
+// Both pools of an image, row by row: windows along a row of the image first, then across the last three of those.
 template <class T>
-FASTNAS_INLINE inline void pool_row(T* highest, T* average, const T* low, const T* zero, const Windows<T>& w,
-                                    int64_t y) {
-  const Frame<T>& f = w.frame;
-  const T* shares = w.shares_of_row(y);
-  const int64_t positions = f.positions(f.out_width), start = y * f.padded_row_step();
-  for (int64_t j = 0; j < positions; ++j)
-    for (int64_t v = 0; v < f.vectors; ++v) {
-      const int64_t at = j * f.step + v * kLanes<T>;
-      Vec<T> top = get(low + start + at + w.offsets[0]), sum = get(zero + start + at + w.offsets[0]);
-#pragma GCC unroll 8
-      for (int t = 1; t < kTaps; ++t) {
-        const Vec<T> value = get(low + start + at + w.offsets[t]);
-        top = value > top ? value : top;
-        sum += get(zero + start + at + w.offsets[t]);
-      }
-      put(highest + at, top);
+class Pools {
+ public:
+  explicit Pools(const Windows<T>& w)
+      : w_(w), length_(w.frame.row(w.frame.out_width)), highest_(3 * length_, false), sum_(3 * length_, false) {}
+
+  void begin() { known_ = 0; }
+
+  // Row y of the output, rows in ascending order. `low` has a border of minus infinity, `zero` one of zeros.
+  FASTNAS_INLINE inline void row(T* highest, T* average, const T* low, const T* zero, int64_t y) {
+    const int64_t top = y * w_.frame.stride;
+    for (int64_t r = std::max(known_, top); r < top + 3; ++r)
+      along(highest_.data() + r % 3 * length_, sum_.data() + r % 3 * length_, low, zero, r * w_.frame.padded_row());
+    known_ = top + 3;
+    const T* shares = w_.shares_of_row(y);
+    for (int64_t at = 0; at < length_; at += kLanes<T>) {
+      const Vec<T> a = get(highest_.data() + at), b = get(highest_.data() + length_ + at),
+                   c = get(highest_.data() + 2 * length_ + at), ab = a > b ? a : b;
+      put(highest + at, ab > c ? ab : c);
+      const Vec<T> sum = get(sum_.data() + at) + get(sum_.data() + length_ + at) + get(sum_.data() + 2 * length_ + at);
       put(average + at, sum * get(shares + at));
     }
-}
+  }
+
+ private:
+  FASTNAS_INLINE inline void along(T* highest, T* sum, const T* low, const T* zero, int64_t start) {
+    const int64_t second = w_.offsets[1], third = w_.offsets[2];  // the first one is 0
+    for (int64_t at = 0; at < length_; at += kLanes<T>) {
+      const T *l = low + start + at, *z = zero + start + at;
+      const Vec<T> a = get(l), b = get(l + second), c = get(l + third), ab = a > b ? a : b;
+      put(highest + at, ab > c ? ab : c);
+      put(sum + at, get(z) + get(z + second) + get(z + third));
+    }
+  }
+
+  const Windows<T>& w_;
+  int64_t length_, known_ = 0;
+  Scratch<T> highest_, sum_;  // of three rows of the image, taking turns
+};
 
 // Scratch memory of a thread: an image with both borders.
 template <class T>
@@ -185,12 +204,14 @@ void pool(const View<T>& x, int64_t stride, T* pooled, T* stats) {
   for_each_chunk(map.batch, chunk_count(map.batch), [&](int64_t, int64_t begin, int64_t end) {
     Bordered<T> image(f);
     Scratch<T> rows[2]{Scratch<T>(f.row(f.out_width)), Scratch<T>(f.row(f.out_width))};
+    Pools<T> pools(windows);
     ChannelSums<T> sums(pixels, channels);
     vectorised([&]() FASTNAS_INLINE {
       for (int64_t b = begin; b < end; ++b) {
         image.load(f, x.image(b), map.pixel);
+        pools.begin();
         for (int64_t y = 0; y < f.out_height; ++y) {
-          pool_row(rows[0].data(), rows[1].data(), image.low.data(), image.zero.data(), windows, y);
+          pools.row(rows[0].data(), rows[1].data(), image.low.data(), image.zero.data(), y);
           for (int64_t which = 0; which < 2; ++which) {
             T* target = pooled + ((which * map.batch + b) * pixels + y * f.out_width) * channels;
             const T* row = rows[which].data();
@@ -225,15 +246,17 @@ void pool_backward(const View<T>& x, const std::vector<View<T>>& gs, const T* sc
   const std::vector<T> scale = repeated(scales, 3 * count, channels), affine = repeated(coef, 6, channels);
   for_each_chunk(map.batch, chunk_count(map.batch), [&](int64_t, int64_t begin, int64_t end) {
     Bordered<T> image(f);
-    Scratch<T> gradient(f.padded_size()), pools[2]{Scratch<T>(length), Scratch<T>(length)};
+    Pools<T> pools(windows);
+    Scratch<T> gradient(f.padded_size()), highest(length), average(length);
     Scratch<T> totals[2]{Scratch<T>(length), Scratch<T>(length)}, through(f.out_height * length);
     std::vector<Weighted<T>> weighted(count);
     vectorised([&]() FASTNAS_INLINE {
       for (int64_t b = begin; b < end; ++b) {
         image.load(f, x.image(b), map.pixel);
         std::fill_n(gradient.data(), f.padded_size(), T(0));
+        pools.begin();
         for (int64_t y = 0; y < f.out_height; ++y) {
-          pool_row(pools[0].data(), pools[1].data(), image.low.data(), image.zero.data(), windows, y);
+          pools.row(highest.data(), average.data(), image.low.data(), image.zero.data(), y);
           bool dense = true;
           for (int64_t n = 0; n < count; ++n) {
             weighted[n] = {gs[n].image(b) + y * f.out_width * gs[n].map.pixel, gs[n].map.pixel,
@@ -241,9 +264,9 @@ void pool_backward(const View<T>& x, const std::vector<View<T>>& gs, const T* sc
             dense = dense && gs[n].map.pixel == channels;
           }
           T* const targets[] = {totals[0].data(), totals[1].data(), through.data() + y * length};
-          const T* const rows[] = {pools[0].data(), pools[1].data()};
+          const T* const rows[] = {highest.data(), average.data()};
           combine_row<T>(targets, rows, affine.data(), width, weighted, f, dense);
-          scatter_row(gradient.data(), image.low.data(), pools[0].data(), totals[0].data(), totals[1].data(), windows,
+          scatter_row(gradient.data(), image.low.data(), highest.data(), totals[0].data(), totals[1].data(), windows,
                       y);
         }
         T* target = dx + b * map.pixels() * channels;
