@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnas.kernels import _launch
+from fastnas.kernels._moments import combine_moments
 
 
 def pitch(x: Tensor) -> int:
@@ -98,34 +99,13 @@ def store_statistics(b_z, m, p_part, rows, mask, T, count, ACC: tl.constexpr):
 def stage_statistics_kernel(p_parts, p_stats, R, C, Q, T, BQ: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
     """Mean and biased variance, ``stats [R / C, 2, C]``, of R rows from T tiles of BQ positions each; in float64.
 
-    ``mean = sum_t n_t mean_t / Q`` and ``var = sum_t (M2_t + n_t (mean_t - mean)^2) / Q`` (Chan et al. 1979).
-
     Grid: R / BR programs. Tile: BR rows by BT parts. Reads 3 R T parts, writes 2 R numbers. Bound by its launch.
     """
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    o_t = tl.arange(0, BT)
-    p_row = p_parts + o_r[:, None] * T + o_t[None, :]
-    b_sum = tl.zeros((BR, BT), tl.float64)
-    start = 0
-    while start < T:
-        m = (o_r < R)[:, None] & (start + o_t < T)[None, :]
-        b_n = tl.minimum(Q - (start + o_t).to(tl.int64) * BQ, BQ).to(tl.float64)[None, :]
-        b_sum += tl.load(p_row + start, mask=m, other=0.0) * b_n
-        start += BT
-    b_mean = tl.sum(b_sum, 1) / Q  # [BR]
-    b_m2 = tl.zeros((BR, BT), tl.float64)
-    start = 0
-    while start < T:
-        m = (o_r < R)[:, None] & (start + o_t < T)[None, :]
-        b_n = tl.minimum(Q - (start + o_t).to(tl.int64) * BQ, BQ).to(tl.float64)[None, :]
-        b_off = tl.load(p_row + start, mask=m, other=0.0) - b_mean[:, None]
-        b_m2 += tl.load(p_row + tl.cast(R, tl.int64) * T + start, mask=m, other=0.0)
-        b_m2 += tl.where(m, b_n * b_off * b_off, 0.0)
-        start += BT
+    b_mean, b_var = combine_moments(p_parts, o_r, R, Q, T, BQ, BR, BT)
     p_out = p_stats + o_r // C * 2 * C + o_r % C
     to = p_stats.dtype.element_ty
     tl.store(p_out, b_mean.to(tl.float32).to(to) if to != tl.float64 else b_mean, mask=o_r < R)
-    b_var = tl.sum(b_m2, 1) / Q
     tl.store(p_out + C, b_var.to(tl.float32).to(to) if to != tl.float64 else b_var, mask=o_r < R)
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnas.kernels._launch import accumulate_in, config, float_bits, laid_out_as, launch, ordered_sum, planes
+from fastnas.kernels._moments import combine_moments
 
 
 @triton.jit
@@ -72,32 +73,12 @@ def norm_mixed_sum_combine_kernel(
 ):
     """Mean and biased variance of R = K C rows from T tiles of BQ positions each, the last one shorter; in float64.
 
-    ``mean = sum_t n_t mean_t / Q`` and ``var = sum_t (M2_t + n_t (mean_t - mean)^2) / Q`` (Chan et al. 1979).
-
     Grid: R / BR programs. Tile: BR rows by BT parts. Reads 3 R T parts, writes 2 R numbers. Bound by its launch.
     """
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    o_t = tl.arange(0, BT)
-    p_row = p_parts + o_r[:, None] * T + o_t[None, :]
-    b_sum = tl.zeros((BR, BT), tl.float64)
-    start = 0
-    while start < T:
-        m = (o_r < R)[:, None] & (start + o_t < T)[None, :]
-        b_n = tl.minimum(Q - (start + o_t).to(tl.int64) * BQ, BQ).to(tl.float64)[None, :]
-        b_sum += tl.load(p_row + start, mask=m, other=0.0) * b_n
-        start += BT
-    b_mean = tl.sum(b_sum, 1) / Q  # [BR]
-    b_m2 = tl.zeros((BR, BT), tl.float64)
-    start = 0
-    while start < T:
-        m = (o_r < R)[:, None] & (start + o_t < T)[None, :]
-        b_n = tl.minimum(Q - (start + o_t).to(tl.int64) * BQ, BQ).to(tl.float64)[None, :]
-        b_off = tl.load(p_row + start, mask=m, other=0.0) - b_mean[:, None]
-        b_m2 += tl.load(p_row + tl.cast(R, tl.int64) * T + start, mask=m, other=0.0)
-        b_m2 += tl.where(m, b_n * b_off * b_off, 0.0)
-        start += BT
+    b_mean, b_var = combine_moments(p_parts, o_r, R, Q, T, BQ, BR, BT)
     tl.store(p_mean + o_r, b_mean.to(p_mean.dtype.element_ty), mask=o_r < R)
-    tl.store(p_var + o_r, (tl.sum(b_m2, 1) / Q).to(p_var.dtype.element_ty), mask=o_r < R)
+    tl.store(p_var + o_r, b_var.to(p_var.dtype.element_ty), mask=o_r < R)
 
 
 @triton.jit(do_not_specialize=["eps_bits"])
