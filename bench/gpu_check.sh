@@ -35,6 +35,11 @@ if command -v compute-sanitizer >/dev/null; then
   step memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
     "$python" -m pytest -q -m gpu tests/kernels/test_gpu.py -k side_stream
 fi
+step engine 120 "$python" -m pytest -q -m gpu tests/engine tests/profiler
+for method in darts pc_darts; do
+  step "search_step_$method" 90 "$python" bench/search_step.py --method "$method" --batch 64 \
+    --rows plain,plain_channels_last,fused,fused_lean --json "$out/search_step_${method}_gpu.json"
+done
 step bench 150 "$python" -m pytest -q bench/ --benchmark-only --no-compile --results "$out/gpu_bench.json"
 
 echo
