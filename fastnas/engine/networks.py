@@ -31,8 +31,8 @@ def build_supernet(
 ) -> nn.Module:
     """The network that holds all choices of a space; called with images and an architecture it gives logits.
 
-    `k`, `executor`: as `Supernet` takes them, for cells of the DARTS kind. `ghost`: images of a ghost batch, for choice
-    blocks. Raises UserError for what a space does not have.
+    `k`: partial channels 1/K, for cells. `executor`: as `Supernet` takes it, for cells of the DARTS kind. `ghost`:
+    images of a ghost batch, for choice blocks. Raises UserError for what a space does not have.
     """
     if isinstance(space, DartsSpace):
         return Supernet(
@@ -45,9 +45,11 @@ def build_supernet(
             stem=stem,
             executor=executor,
         )
+    size = {"channels": channels, "cells": cells, "classes": classes, "in_channels": in_channels}
+    if isinstance(space, Nasbench201Space) and stem == "cifar":
+        return Nasbench201Network(space, **size, k=k)
     if k != 1:
         raise UserError(f"the space {space.name} has no partial channels: leave --partial at 1")
-    size = {"channels": channels, "cells": cells, "classes": classes, "in_channels": in_channels}
     return _of_strings(space, None, stem, size, ghost)
 
 

@@ -60,6 +60,8 @@ class Darts:
 
     def __init__(self, settings: DartsSettings, problem: Problem) -> None:
         weights = problem.weights
+        if settings.random_channels and isinstance(problem.space, Nasbench201Space):
+            raise UserError("random-channels is for cells of the DARTS kind: drop it on NAS-Bench-201")
         self.settings, self.weights, self.problem = settings, weights, problem
         self.supernet = problem.supernet(k=settings.partial)
         self.alphas = Alphas(

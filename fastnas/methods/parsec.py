@@ -36,13 +36,15 @@ from fastnas.engine.training import (
 )
 from fastnas.errors import UserError
 from fastnas.methods.base import Problem, check_betas, weight_optimizer, weight_rate
-from fastnas.spaces.darts import DartsSpace
+from fastnas.spaces import AnyGenotype, DartsSpace, Nasbench201Space
 from fastnas.spaces.genotype import Genotype, Node
 
 SLOTS = 2
 NEGLIGIBLE = 1e-4  # a child of smaller importance weight moves the gradient by less than rounding does: no backward
 
-Choices = list[Tensor]  # for normal and reduction nodes in turn: int64 [K, 2], the pair chosen in each slot
+Choices = list[
+    Tensor
+]  # for normal and reduction nodes in turn: int64 [K, 2], the pair chosen in each slot; or an edge's
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,22 @@ class ParsecSettings:
 
 
 class SlotDistribution(nn.Module):
-    """p(alpha | pi): for node n of each cell type, logits [2, (2 + n) * O] over (input, candidate) pairs."""
+    """p(alpha | pi): for node n of each cell type, logits [2, (2 + n) * O] over (input, candidate) pairs.
 
-    def __init__(self, space: DartsSpace) -> None:
+    In NAS-Bench-201 the inputs are fixed: logits [1, O] for each edge over its candidates, `none` among them.
+    """
+
+    def __init__(self, space: DartsSpace | Nasbench201Space) -> None:
         super().__init__()
         self.space = space
-        self.names = space.candidates_without_none
-        self.logits = nn.ParameterList(
-            torch.zeros(SLOTS, (2 + node) * len(self.names))
-            for _ in ("normal", "reduce")
-            for node in range(space.nodes)
-        )
+        if isinstance(space, Nasbench201Space):
+            shapes = [(1, len(space.candidates))] * space.num_edges
+            self.normal_factors = len(shapes)
+        else:
+            self.names = space.candidates_without_none
+            shapes = 2 * [(SLOTS, (2 + node) * len(self.names)) for node in range(space.nodes)]
+            self.normal_factors = space.nodes
+        self.logits = nn.ParameterList(torch.zeros(shape) for shape in shapes)
 
     def load_run(self, run: Path) -> None:
         """Take over pi of an earlier PARSEC search from its checkpoint.
@@ -107,13 +114,16 @@ class SlotDistribution(nn.Module):
             total = total + log_pi.gather(-1, chosen.to(logits.device)[..., None]).sum((-2, -1))
         return total
 
-    def mode(self) -> Genotype:
+    def mode(self) -> AnyGenotype:
         """The most probable architecture: slots are independent, so the best pair of each slot."""
         return self.genotype([logits.argmax(-1)[None] for logits in self.logits], 0)
 
-    def genotype(self, choices: Choices, k: int) -> Genotype:
+    def genotype(self, choices: Choices, k: int) -> AnyGenotype:
         """Sample k as a genotype."""
-        space, operations = self.space, len(self.names)
+        space = self.space
+        if isinstance(space, Nasbench201Space):
+            return space.decode([int(chosen[k]) for chosen in choices], rule="mode")
+        operations = len(self.names)
         nodes: list[Node] = [
             tuple((self.names[pair % operations], pair // operations) for pair in chosen[k].tolist())
             for chosen in choices
@@ -126,7 +136,7 @@ class SlotDistribution(nn.Module):
     def entropies(self) -> tuple[float, float]:
         """Entropy of the normal and of the reduction cell's distribution, in nats (the paper's Figure 3b)."""
         each = [float(-(logits.softmax(-1) * logits.log_softmax(-1)).sum()) for logits in self.logits]
-        return sum(each[: self.space.nodes]), sum(each[self.space.nodes :])
+        return sum(each[: self.normal_factors]), sum(each[self.normal_factors :])
 
 
 def importance_weights(log_likelihoods: Tensor) -> Tensor:
@@ -177,7 +187,7 @@ class Parsec:
         }
 
     @torch.no_grad()
-    def _log_likelihoods(self, children: Sequence[Genotype], search: Batch) -> Tensor:
+    def _log_likelihoods(self, children: Sequence[AnyGenotype], search: Batch) -> Tensor:
         """log p(y | X, v, alpha_k) of the search batch, float32 [K]; forward passes alone, nothing is kept."""
         x, y = search
         with batch_statistics(self.supernet):
@@ -186,7 +196,9 @@ class Parsec:
             ]
         return -torch.stack(losses)
 
-    def _weight_step(self, children: Sequence[Genotype], weights: Sequence[float], train: Batch) -> dict[str, Tensor]:
+    def _weight_step(
+        self, children: Sequence[AnyGenotype], weights: Sequence[float], train: Batch
+    ) -> dict[str, Tensor]:
         """grad_v of eq. 8 child by child, then one SGD step. An operation that no child used stays untouched:
         its gradient is None, so that it sees neither weight decay nor momentum.
 
@@ -221,7 +233,7 @@ class Parsec:
             "entropy": normal + reduce,
         }
 
-    def derive(self) -> Genotype:
+    def derive(self) -> AnyGenotype:
         return self.distribution.mode()
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from fastnas.config import option
 from fastnas.engine.mixture import Alphas, Mixture
 from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
 from fastnas.methods.base import Figure, Problem, check_betas, train_weights, weight_optimizer, weight_rate
+from fastnas.spaces import AnyGenotype
 from fastnas.spaces.derive import derive_all_edges
-from fastnas.spaces.genotype import Genotype
 
+KINDS = ("normal", "reduce")
 WEIGHT_STEP, ARCHITECTURE_STEP = 1, 2  # streams of random numbers
 
 
@@ -75,7 +76,7 @@ class Proxyless:
         set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
         self.searching = epoch >= self.settings.warmup_epochs
 
-    def sample_path(self, index: int) -> Genotype:
+    def sample_path(self, index: int) -> AnyGenotype:
         """The path that the weight step `index` trains: one candidate of each edge, by p."""
         generator = self.problem.generator(WEIGHT_STEP, index)
         chosen = [draw(alpha, 1, generator)[:, 0].tolist() for alpha in self.alphas.parameters()]
@@ -128,7 +129,7 @@ class Proxyless:
         x, y = search
         with frozen(self.supernet):
             loss = F.cross_entropy(self.supernet(x, mixture), y)
-            return loss.detach(), torch.autograd.grad(loss, gates)
+            return loss.detach(), torch.autograd.grad(loss, gates, materialize_grads=True)
 
     def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
         """Accuracy of the most probable path with the shared weights, and the mean entropy of an edge."""
@@ -139,12 +140,11 @@ class Proxyless:
             entropies = [torch.special.entr(alpha.softmax(-1)).sum(-1) for alpha in self.alphas.parameters()]
         return {
             "search_accuracy": figures["accuracy"],
-            "entropy_normal": float(entropies[0].mean()),
-            "entropy_reduce": float(entropies[1].mean()),
             "entropy": float(torch.cat(entropies).mean()),
+            **{f"entropy_{kind}": float(e.mean()) for kind, e in zip(KINDS, entropies, strict=True) if len(e)},
         }
 
-    def derive(self) -> Genotype:
+    def derive(self) -> AnyGenotype:
         return derive_all_edges(self.problem.space, self.alphas.alpha_normal, self.alphas.alpha_reduce)
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from fastnas.methods.evolution import RANDOM_TRIES, String, random_string
 from fastnas.methods.proxyless import Pair, Proxyless, ProxylessSettings
 from fastnas.methods.spos import STEP, Spos, SposSettings
 from fastnas.methods.vae import ArchitectureVae, train_vae
-from fastnas.spaces.genotype import Genotype
+from fastnas.spaces import AnyGenotype
 
 INITIAL, SAMPLE, RANK, TRAIN, SEEDS = 10, 11, 12, 13, 14  # streams of random numbers
 
@@ -175,14 +175,15 @@ class VaenasGradient(Proxyless):
 
     def __init__(self, settings: VaenasGradientSettings, problem: Problem) -> None:
         super().__init__(settings, problem)
-        self.choices = (len(problem.space.candidates),) * (2 * problem.space.num_edges)
+        edges = problem.space.num_edges + problem.space.num_reduction_edges
+        self.choices = (len(problem.space.candidates),) * edges
         self.sampler = Sampler(settings, problem, self.choices)
 
-    def _genotype(self, string: String) -> Genotype:
+    def _genotype(self, string: String) -> AnyGenotype:
         edges = self.problem.space.num_edges
         return self.problem.space.free_edges(string[:edges], string[edges:])
 
-    def sample_path(self, index: int) -> Genotype:
+    def sample_path(self, index: int) -> AnyGenotype:
         return self._genotype(self.sampler.sample(2, SAMPLE, index)[0])
 
     def sample_pairs(self, index: int) -> list[Pair]:
@@ -190,8 +191,8 @@ class VaenasGradient(Proxyless):
         open. Where both name one candidate, the edge learns nothing."""
         both = torch.tensor(self.sampler.sample(2, SAMPLE, index)).T
         edges = self.problem.space.num_edges
-        opened = torch.zeros(edges, dtype=torch.int64)
-        return [Pair(both[:edges], opened), Pair(both[edges:], opened)]
+        opened = torch.zeros(len(both), dtype=torch.int64)
+        return [Pair(both[:edges], opened[:edges]), Pair(both[edges:], opened[edges:])]
 
     def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
         """Lines 5 to 10: score uniform architectures, train the autoencoder."""
