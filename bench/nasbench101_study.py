@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from fastnas.methods.evolution import String
 from fastnas.methods.vae import ArchitectureVae, train_vae
 from fastnas.runs import versions
 from fastnas.spaces.nasbench101 import Nasbench101Space, Nasbench101Table
+from fastnas.spaces.strings import String
 
 COUNTS = (10, 50, 100, 300)
 TRAINED_ON, KEPT = 6000, 0.25

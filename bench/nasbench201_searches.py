@@ -2,7 +2,7 @@
 
     python bench/nasbench201_searches.py --table nasbench201.csv.gz --data-dir DIR --out FILE darts spos random
 
-All searches share COMMON and cost about the same CPU time; `darts-long` is DARTS at four times the budget. A row is a method
+All searches share COMMON and cost about the same CPU time, but `darts-long` four times as much. A row is a method
 with its seeds; rows of other methods stay in the file. Searches that are in --runs already are not repeated.
 """
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from fastnas.engine.choice_blocks import GHOST, ChoiceBlockNetwork
 from fastnas.engine.derived import DerivedNetwork
+from fastnas.engine.nasbench101 import Nasbench101Network
 from fastnas.engine.nasbench201 import Nasbench201Network
 from fastnas.engine.shufflenet import ShufflenetNetwork
 from fastnas.engine.supernet import Supernet
@@ -13,6 +14,7 @@ from fastnas.errors import UserError
 from fastnas.spaces import AnyGenotype, AnySpace, ArchitectureString
 from fastnas.spaces.choice_blocks import ChoiceBlockSpace
 from fastnas.spaces.darts import DartsSpace
+from fastnas.spaces.nasbench101 import Nasbench101Space
 from fastnas.spaces.nasbench201 import Nasbench201Space
 from fastnas.spaces.shufflenet import ShufflenetSpace
 
@@ -79,6 +81,7 @@ def space_of(genotype: ArchitectureString) -> AnySpace:
     length = len(genotype.string)
     spaces = {
         "choice_blocks": lambda: ChoiceBlockSpace(length // 2),
+        "nasbench101": Nasbench101Space,
         "nasbench201": Nasbench201Space,
         "shufflenet": lambda: ShufflenetSpace(length),
         "shufflenet_se": lambda: ShufflenetSpace(length, extras=True),
@@ -100,4 +103,6 @@ def _of_strings(
         raise UserError(f"the space {space.name} has no stem {stem}: leave --stem at cifar")
     if isinstance(space, ChoiceBlockSpace):
         return ChoiceBlockNetwork(space, **size, ghost=ghost, only=only)
+    if isinstance(space, Nasbench101Space):
+        return Nasbench101Network(space, **size, only=only)
     return Nasbench201Network(space, **size, only=only)

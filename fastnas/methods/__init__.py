@@ -29,7 +29,7 @@ _ALL: tuple[type[Method], ...] = (
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
 _EDGE_SPACES = (*CELL_SPACES, "nasbench201")  # each edge of a cell has one candidate
-_STRING_SPACES = (*_EDGE_SPACES, "shufflenet", "shufflenet_se")
+_STRING_SPACES = (*_EDGE_SPACES, "nasbench101", "shufflenet", "shufflenet_se")
 _OTHER_SPACES = {
     OneShot.name: ("choice_blocks",),
     RandomSearch.name: tuple(SPACES),

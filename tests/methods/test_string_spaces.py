@@ -1,6 +1,7 @@
 """Methods on spaces whose architectures are strings."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from fastnas.methods.parsec import ParsecSettings
 from fastnas.methods.snas import SnasSettings
 from fastnas.methods.spos import SposSettings
 from fastnas.search import resolve
-from fastnas.spaces import Nasbench201Space, ShufflenetSpace
+from fastnas.spaces import Nasbench101Space, Nasbench201Space, ShufflenetSpace
 
 
 def problem(space) -> Problem:
@@ -117,7 +118,7 @@ def test_random_channels_are_refused_in_201_cells():
         Darts(DartsSettings(random_channels=True, partial=2), problem(Nasbench201Space()))
 
 
-@pytest.mark.parametrize("space", [Nasbench201Space(), ShufflenetSpace(4)])
+@pytest.mark.parametrize("space", [Nasbench101Space(), Nasbench201Space(), ShufflenetSpace(4)])
 def test_uniform_paths_and_evolution(batches, space):
     settings = SposSettings(generations=2, population=4, parents=2, crossovers=2, mutations=1)
     method = Spos(settings, problem(space))
@@ -127,6 +128,27 @@ def test_uniform_paths_and_evolution(batches, space):
     figures = method.end_epoch([batches[1]])
     assert figures["search_accuracy"] == max(figures["top_accuracies"])
     assert method.derive() == space.decode(method.found, rule="evolution")
+
+
+def test_the_autoencoder_and_the_evolution_give_valid_101_cells(batches, monkeypatch):
+    space = Nasbench101Space()
+    settings = {"generations": 2, "population": 8, "parents": 2, "crossovers": 3, "mutations": 3, "vae_seeds": 4}
+    vae = {"ranked": 4, "vae_iterations": 2, "vae_hidden": 4, "epsilon_step": 1.0}
+    method = METHODS["vaenas_os"](METHODS["vaenas_os"].Settings(**settings, **vae), problem(space))
+    assert all(map(space.is_valid, method.gamma(1.0, 20, 7))) and all(map(space.is_valid, method.gamma(0.0, 20, 7)))
+    scored = []
+    score = method.recalibrated_accuracy
+    monkeypatch.setattr(method, "recalibrated_accuracy", lambda s, search: scored.append(s) or score(s, search))
+    batches = [(x.float(), y) for x, y in batches]
+    method.start_epoch(1)
+    method.step(1, *batches)
+    figures = method.end_epoch([batches[1]])
+    assert len(scored) == 16 and all(map(space.is_valid, scored))
+    assert figures["entropy"] == pytest.approx(math.log(293_930 * 3**5))  # 9 of 21 edges
+    assert method.derive().space == "nasbench101"
+    monkeypatch.setattr(method.sampler.vae, "sample", lambda count, generator: [(0,) * 26] * count)
+    with pytest.raises(UserError, match="hardly any valid architecture"):
+        method.seeds()
 
 
 def test_limits_count_what_is_built():
