@@ -30,11 +30,12 @@ def build_supernet(
     stem: str = "cifar",
     executor: str = "plain",
     ghost: int = GHOST,
+    auxiliary: bool = False,
 ) -> nn.Module:
     """The network that holds all choices of a space; called with images and an architecture it gives logits.
 
-    `k`: partial channels 1/K, for cells. `executor`: as `Supernet` takes it, for cells of the DARTS kind. `ghost`:
-    images of a ghost batch, for choice blocks. Raises UserError for what a space does not have.
+    `k`: partial channels 1/K, for cells. `executor`, `auxiliary`: as `Supernet` takes them, for cells of the DARTS
+    kind. `ghost`: images of a ghost batch, for choice blocks. Raises UserError for what a space does not have.
     """
     if isinstance(space, DartsSpace):
         return Supernet(
@@ -46,7 +47,10 @@ def build_supernet(
             k=k,
             stem=stem,
             executor=executor,
+            auxiliary=auxiliary,
         )
+    if auxiliary:
+        raise UserError(f"the space {space.name} has no auxiliary head: leave --auxiliary-weight at 0")
     size = {"channels": channels, "cells": cells, "classes": classes, "in_channels": in_channels}
     if isinstance(space, Nasbench201Space) and stem == "cifar":
         return Nasbench201Network(space, **size, k=k)

@@ -70,9 +70,9 @@ class Problem:
         """A CPU generator with that seed."""
         return torch.Generator().manual_seed(self.seed_of(*stream))
 
-    def supernet(self, *, k: int = 1, ghost: int = GHOST) -> nn.Module:
+    def supernet(self, *, k: int = 1, ghost: int = GHOST, auxiliary: bool = False) -> nn.Module:
         """A new supernet of this problem, on its device; `k`: partial channels 1/k, `ghost`: images of a ghost
-        batch."""
+        batch, `auxiliary`: with an auxiliary head."""
         return build_supernet(
             self.space,
             channels=self.weights.channels,
@@ -83,6 +83,7 @@ class Problem:
             ghost=ghost,
             stem=self.weights.stem,
             executor=self.weights.executor,
+            auxiliary=auxiliary,
         ).to(self.device)
 
 

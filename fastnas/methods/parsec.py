@@ -59,6 +59,9 @@ class ParsecSettings:
         "log-likelihood of the search batch: the sum over its images is the paper's formula, the mean tempers it",
         choices=("sum", "mean"),
     )
+    auxiliary_weight: float = option(
+        0.0, "weight of an auxiliary head's loss in the training of the weights; 0 leaves the head out", minimum=0
+    )
     warm_start: Path | None = option(None, "run folder of another PARSEC search whose pi this one starts from")
 
     def __post_init__(self) -> None:
@@ -153,7 +156,7 @@ class Parsec:
     def __init__(self, settings: ParsecSettings, problem: Problem) -> None:
         weights = problem.weights
         self.settings, self.weights, self.problem = settings, weights, problem
-        self.supernet = problem.supernet()
+        self.supernet = problem.supernet(auxiliary=settings.auxiliary_weight > 0)
         self.distribution = SlotDistribution(problem.space)
         if settings.warm_start is not None:
             self.distribution.load_run(settings.warm_start)
@@ -210,14 +213,22 @@ class Parsec:
         for child, weight in zip(children, weights, strict=True):
             if weight < NEGLIGIBLE:
                 continue
-            logits = self.supernet(x, child)
-            loss = F.cross_entropy(logits, y)
+            logits, loss = self._training_loss(child, x, y)
             (weight * loss).backward()
             total_loss = total_loss + weight * loss.detach()
             total_accuracy = total_accuracy + weight * accuracy(logits.detach(), y)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.weights.grad_clip)
         self.weight_optimizer.step()
         return {"loss": total_loss, "accuracy": total_accuracy}
+
+    def _training_loss(self, child: AnyGenotype, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the loss with that of the auxiliary head, if any."""
+        if not self.settings.auxiliary_weight:
+            logits = self.supernet(x, child)
+            return logits, F.cross_entropy(logits, y)
+        logits, auxiliary = self.supernet.forward_with_auxiliary(x, child)
+        loss = F.cross_entropy(logits, y) + self.settings.auxiliary_weight * F.cross_entropy(auxiliary, y)
+        return logits, loss
 
     def end_epoch(self, search: Iterable[Batch]) -> dict[str, float]:
         """Accuracy of the mode with the shared weights (the paper's Figure 3a) and the entropies (Figure 3b)."""
