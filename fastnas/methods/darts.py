@@ -23,11 +23,21 @@ from fastnas.config import option
 from fastnas.engine.mixture import Alphas, Mixture
 from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
 from fastnas.errors import UserError
-from fastnas.methods.base import Figure, Problem, check_betas, train_weights, weight_optimizer, weight_rate
+from fastnas.methods.base import (
+    Figure,
+    Problem,
+    check_betas,
+    load_states,
+    states_of,
+    train_weights,
+    weight_optimizer,
+    weight_rate,
+)
 from fastnas.spaces import AnyGenotype, ArchitectureString, Nasbench201Space
 from fastnas.spaces.derive import SKIP, count_skips, derive_top2
 
 WEIGHTS, ARCHITECTURE, EVALUATION = 1, 2, 3  # uses of random channels
+LEARNT = ("supernet", "alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 FINITE_DIFFERENCE = 1e-2  # eps times the gradient's norm, section 2.3
 
 
@@ -220,18 +230,10 @@ class Darts:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "supernet": self.supernet.state_dict(),
-            "alphas": self.alphas.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
-        }
+        return states_of(self, LEARNT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.supernet.load_state_dict(state["supernet"])
-        self.alphas.load_state_dict(state["alphas"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        load_states(self, LEARNT, state)
 
 
 def _grad(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

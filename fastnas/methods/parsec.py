@@ -35,10 +35,11 @@ from fastnas.engine.training import (
     set_learning_rate,
 )
 from fastnas.errors import UserError
-from fastnas.methods.base import Problem, check_betas, weight_optimizer, weight_rate
+from fastnas.methods.base import Problem, check_betas, load_states, states_of, weight_optimizer, weight_rate
 from fastnas.spaces import AnyGenotype, DartsSpace, Nasbench201Space
 from fastnas.spaces.genotype import Genotype, Node
 
+LEARNT = ("supernet", "distribution", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 SLOTS = 2
 NEGLIGIBLE = 1e-4  # a child of smaller importance weight moves the gradient by less than rounding does: no backward
 
@@ -248,15 +249,7 @@ class Parsec:
         return self.distribution.mode()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "supernet": self.supernet.state_dict(),
-            "distribution": self.distribution.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
-        }
+        return states_of(self, LEARNT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.supernet.load_state_dict(state["supernet"])
-        self.distribution.load_state_dict(state["distribution"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        load_states(self, LEARNT, state)

@@ -26,10 +26,20 @@ from torch import Tensor
 from fastnas.config import option
 from fastnas.engine.mixture import Alphas, Mixture
 from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
-from fastnas.methods.base import Figure, Problem, check_betas, train_weights, weight_optimizer, weight_rate
+from fastnas.methods.base import (
+    Figure,
+    Problem,
+    check_betas,
+    load_states,
+    states_of,
+    train_weights,
+    weight_optimizer,
+    weight_rate,
+)
 from fastnas.spaces import AnyGenotype
 from fastnas.spaces.derive import derive_all_edges
 
+LEARNT = ("supernet", "alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 KINDS = ("normal", "reduce")
 WEIGHT_STEP, ARCHITECTURE_STEP = 1, 2  # streams of random numbers
 
@@ -148,18 +158,10 @@ class Proxyless:
         return derive_all_edges(self.problem.space, self.alphas.alpha_normal, self.alphas.alpha_reduce)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "supernet": self.supernet.state_dict(),
-            "alphas": self.alphas.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
-        }
+        return states_of(self, LEARNT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.supernet.load_state_dict(state["supernet"])
-        self.alphas.load_state_dict(state["alphas"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        load_states(self, LEARNT, state)
 
 
 def draw(alpha: Tensor, count: int, generator: torch.Generator) -> Tensor:

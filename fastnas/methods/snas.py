@@ -38,12 +38,13 @@ from fastnas.engine.training import (
     evaluate,
     set_learning_rate,
 )
-from fastnas.methods.base import Figure, Problem, check_betas, weight_optimizer, weight_rate
+from fastnas.methods.base import Figure, Problem, check_betas, load_states, states_of, weight_optimizer, weight_rate
 from fastnas.ops import gumbel_softmax
 from fastnas.spaces import AnyGenotype, Nasbench201Space
 from fastnas.spaces.derive import derive_all_edges
 
 RESOURCE_WEIGHTS = {"none": 0.0, "mild": 0.1, "moderate": 0.3, "aggressive": 1.0}  # eta; the paper gives no values
+LEARNT = ("supernet", "log_alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 STEP, EVALUATION = 1, 2  # streams of noise
 
 
@@ -142,18 +143,10 @@ class Snas:
         return derive_all_edges(self.problem.space, self.log_alphas.alpha_normal, self.log_alphas.alpha_reduce)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "supernet": self.supernet.state_dict(),
-            "log_alphas": self.log_alphas.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
-        }
+        return states_of(self, LEARNT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.supernet.load_state_dict(state["supernet"])
-        self.log_alphas.load_state_dict(state["log_alphas"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        load_states(self, LEARNT, state)
 
 
 def relative_costs(problem: Problem) -> tuple[Tensor, Tensor]:
