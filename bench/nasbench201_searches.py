@@ -2,7 +2,7 @@
 
     python bench/nasbench201_searches.py --table nasbench201.csv.gz --data-dir DIR --out FILE darts spos random
 
-All searches share COMMON and cost about the same CPU time, but `darts-long` four times as much. A row is a method
+All searches share COMMON and cost about the same CPU time, but `darts-long` eight times as much. A row is a method
 with its seeds; rows of other methods stay in the file. Searches that are in --runs already are not repeated.
 """
 
@@ -33,23 +33,23 @@ COMMON: dict[str, Any] = {
     "lr_min": 0.001,
     "threads": 1,
 }
-# About a minute of CPU time each. Rates of architecture parameters are ten times the papers', for so few steps.
+# About 25 s of CPU time each. Rates of architecture parameters are ten times the papers', for so few steps.
 DARTS = {"method": "darts", "arch_lr": 3e-3}
-GATES = {"epochs": 40, "arch_lr": 1e-2, "warmup_epochs": 4}
-VAE = {"ranked": 50, "vae_interval": 5}
+GATES = {"epochs": 20, "arch_lr": 1e-2, "warmup_epochs": 2}
+VAE = {"ranked": 50, "vae_interval": 4}
 EVOLUTION = {"generations": 5, "population": 20, "crossovers": 10, "mutations": 10}
-PATHS = EVOLUTION | {"epochs": 35, "recalibration_batches": 5, "score_batches": 10}
+PATHS = EVOLUTION | {"epochs": 16, "recalibration_batches": 5, "score_batches": 10}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "darts": DARTS | {"epochs": 10},
+    "darts": DARTS | {"epochs": 5},
     "darts-long": DARTS | {"epochs": 40},
-    "pc_darts": {"method": "pc_darts", "epochs": 20, "arch_lr": 6e-3, "warmup_epochs": 6, "partial": 4},
-    "parsec": {"method": "parsec", "epochs": 15, "samples": 4},
-    "snas": {"method": "snas", "epochs": 17, "arch_lr": 3e-3, "resource": "none"},
+    "pc_darts": {"method": "pc_darts", "epochs": 10, "arch_lr": 6e-3, "warmup_epochs": 3, "partial": 4},
+    "parsec": {"method": "parsec", "epochs": 8, "samples": 4},
+    "snas": {"method": "snas", "epochs": 8, "arch_lr": 3e-3, "resource": "none"},
     "proxyless": GATES | {"method": "proxyless"},
     "vaenas_g": GATES | VAE | {"method": "vaenas_g"},
     "spos": PATHS | {"method": "spos"},
-    "vaenas_os": PATHS | VAE | {"method": "vaenas_os", "epsilon_step": 7e-4, "vae_seeds": 20},
-    "random": {"method": "random", "epochs": 45, "samples": 5},
+    "vaenas_os": PATHS | VAE | {"method": "vaenas_os", "epsilon_step": 1.5e-3, "vae_seeds": 20},
+    "random": {"method": "random", "epochs": 25, "samples": 5},
 }
 COLUMNS = ("c10_test", "c100_test", "in16_test")
 
