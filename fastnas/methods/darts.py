@@ -34,7 +34,7 @@ from fastnas.methods.base import (
     weight_rate,
 )
 from fastnas.spaces import AnyGenotype, ArchitectureString, Nasbench201Space
-from fastnas.spaces.derive import SKIP, count_skips, derive_top2
+from fastnas.spaces.derive import count_skips, derive_nasbench201, derive_top2, skips_and_edges
 
 WEIGHTS, ARCHITECTURE, EVALUATION = 1, 2, 3  # uses of random channels
 LEARNT = ("supernet", "alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
@@ -201,7 +201,7 @@ class Darts:
         figures["entropy"] = float(torch.cat(entropies).mean())
         uncapped = self._derive(mixture, None)
         if isinstance(uncapped, ArchitectureString):
-            skips = uncapped.string.count(self.alphas.space.candidates.index(SKIP))
+            skips, _ = skips_and_edges(uncapped)["normal"]
             return figures | {"edge_entropy_normal": entropies[0].tolist(), "skips_normal": float(skips)}
         return figures | {
             "entropy_normal": float(entropies[0].mean()),
@@ -219,7 +219,7 @@ class Darts:
         """Top-2 on DARTS-like cells; on NAS-Bench-201 the best candidate of each edge, `none` among them."""
         space = self.alphas.space
         if isinstance(space, Nasbench201Space):
-            return space.decode(mixture.normal.argmax(-1).tolist(), rule="argmax")
+            return derive_nasbench201(space, mixture.normal, max_skips=max_skips)
         return derive_top2(
             self.alphas.space,
             mixture.normal,

@@ -17,6 +17,7 @@ from fastnas.methods.snas import SnasSettings
 from fastnas.methods.spos import SposSettings
 from fastnas.search import resolve
 from fastnas.spaces import Nasbench101Space, Nasbench201Space, ShufflenetSpace
+from fastnas.spaces.derive import skips_and_edges
 
 
 def problem(space) -> Problem:
@@ -39,6 +40,18 @@ def test_darts_takes_the_best_candidate_of_each_201_edge(batches, order):
     assert method.derive().string == (1, 1, 0, 1, 1, 1)
     figures = method.end_epoch([batches[1]])
     assert figures["skips_normal"] == 5 and len(figures["edge_entropy_normal"]) == 6
+
+
+def test_the_cap_on_skips_takes_the_next_candidate_of_the_weakest_201_edges():
+    method = Darts(DartsSettings(max_skips=1), problem(Nasbench201Space()))
+    with torch.no_grad():
+        method.alphas.alpha_normal.zero_()
+        method.alphas.alpha_normal[:, 1] = torch.tensor([1.0, 3.0, 2.0, 0.5, 0.7, 0.0])
+        method.alphas.alpha_normal[:, 3] = 0.2
+    genotype = method.derive()
+    assert genotype.string == (3, 1, 3, 3, 3, 3) and genotype.rule == "argmax, at most 1 skips"
+    assert skips_and_edges(Nasbench201Space().decode((1, 0, 3, 1, 2, 0)))["normal"] == (2, 4)
+    assert skips_and_edges(ShufflenetSpace(4).decode((1, 1, 1, 1))) == {}
 
 
 def test_201_gradients_are_those_of_plain_autograd(batches):
