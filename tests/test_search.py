@@ -53,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "darts-nasbench201": {"method": "darts", "space": "nasbench201"},
     "spos-nasbench101": {
-        **{"method": "spos", "space": "nasbench101", "generations": 1, "population": 2, "crossovers": 1},
+        **{"method": "spos", "space": "nasbench101", "channels": 5, "generations": 1, "population": 2, "crossovers": 1},
         **{"mutations": 1},
     },
     "one_shot": {"method": "one_shot", "space": "choice_blocks", "ghost_batch": 4, "candidates": 2},

@@ -124,7 +124,8 @@ class Nasbench101Network(nn.Module):
 
     Channels double from stack to stack; the benchmark's own network has 128 channels and 9 cells. `only`: build that
     cell alone with affine normalisation, as the benchmark trained it; the supernet's normalisation is not affine.
-    Calling it gives logits [B, classes]. Raises UserError when cells is no multiple of three.
+    Calling it gives logits [B, classes]. Raises UserError when cells is no multiple of three, or
+    channels fewer than five.
     """
 
     def __init__(
@@ -140,6 +141,8 @@ class Nasbench101Network(nn.Module):
         super().__init__()
         if cells % STACKS:
             raise UserError(f"NAS-Bench-101 has three stacks of equal length: cells must be 3, 6, 9, ..., got {cells}")
+        if channels < VERTICES - 2:
+            raise UserError(f"up to {VERTICES - 2} vertices share a cell's channels: give that many, got {channels}")
         self.space = space
         self.only = None if only is None else space.prune(only.string)
         self.stem = SlicedConv(in_channels, channels, 3, affine=only is not None)

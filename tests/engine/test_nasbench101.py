@@ -121,5 +121,7 @@ def test_recalibration_and_batch_statistics_know_the_sliced_normalisation():
 def test_wrong_sizes_and_calls_are_refused():
     with pytest.raises(UserError, match="must be 3, 6, 9"):
         Nasbench101Network(SPACE, **SIZE | {"cells": 4})
+    with pytest.raises(UserError, match="share a cell's channels: give that many, got 4"):
+        Nasbench101Network(SPACE, **SIZE | {"channels": 4})
     with pytest.raises(UserError, match="needs an architecture"):
         Nasbench101Network(SPACE, **SIZE).double()(images())

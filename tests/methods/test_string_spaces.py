@@ -21,7 +21,9 @@ from fastnas.spaces.derive import skips_and_edges
 
 
 def problem(space) -> Problem:
-    weights = WeightSettings(epochs=2, batch_size=4, channels=2, cells=3, lr=0.1, lr_min=0.0)
+    weights = WeightSettings(
+        epochs=2, batch_size=4, channels=2 if space.name != "nasbench101" else 5, cells=3, lr=0.1, lr_min=0.0
+    )
     return Problem(space, 3, 2, weights, torch.device("cpu"), seed=0, image_size=6)
 
 
