@@ -124,8 +124,8 @@ class Nasbench101Network(nn.Module):
 
     Channels double from stack to stack; the benchmark's own network has 128 channels and 9 cells. `only`: build that
     cell alone with affine normalisation, as the benchmark trained it; the supernet's normalisation is not affine.
-    Calling it gives logits [B, classes]. Raises UserError when cells is no multiple of three, or
-    channels fewer than five.
+    Calling it gives logits [B, classes]. Raises UserError when cells is no multiple of three and for fewer than five
+    channels.
     """
 
     def __init__(

@@ -43,9 +43,9 @@ LEARNT = ("supernet", "distribution", "weight_optimizer", "arch_optimizer")  # p
 SLOTS = 2
 NEGLIGIBLE = 1e-4  # a child of smaller importance weight moves the gradient by less than rounding does: no backward
 
-Choices = list[
-    Tensor
-]  # for normal and reduction nodes in turn: int64 [K, 2], the pair chosen in each slot; or an edge's
+# For normal and reduction nodes in turn: int64 [K, 2], the pair chosen in each slot. In NAS-Bench-201, for each edge:
+# int64 [K, 1], the candidate.
+Choices = list[Tensor]
 
 
 @dataclass(frozen=True)
