@@ -40,7 +40,6 @@ from fastnas.spaces import AnyGenotype
 from fastnas.spaces.derive import derive_all_edges
 
 LEARNT = ("supernet", "alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
-KINDS = ("normal", "reduce")
 WEIGHT_STEP, ARCHITECTURE_STEP = 1, 2  # streams of random numbers
 
 
@@ -147,11 +146,12 @@ class Proxyless:
         self.supernet.eval()
         with batch_statistics(self.supernet), torch.no_grad():
             figures = evaluate(lambda x: self.supernet(x, path), search)
-            entropies = [torch.special.entr(alpha.softmax(-1)).sum(-1) for alpha in self.alphas.parameters()]
+            alphas = {"normal": self.alphas.alpha_normal, "reduce": self.alphas.alpha_reduce}
+            entropies = {kind: torch.special.entr(a.softmax(-1)).sum(-1) for kind, a in alphas.items() if len(a)}
         return {
             "search_accuracy": figures["accuracy"],
-            "entropy": float(torch.cat(entropies).mean()),
-            **{f"entropy_{kind}": float(e.mean()) for kind, e in zip(KINDS, entropies, strict=True) if len(e)},
+            "entropy": float(torch.cat(list(entropies.values())).mean()),
+            **{f"entropy_{kind}": float(entropy.mean()) for kind, entropy in entropies.items()},
         }
 
     def derive(self) -> AnyGenotype:

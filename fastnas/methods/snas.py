@@ -129,14 +129,14 @@ class Snas:
             sampled = evaluate(lambda x: self.supernet(x, z), search)
             derived = evaluate(lambda x: self.supernet(x, child), search)
             probabilities = self.log_alphas()
-            normal, reduce = (torch.special.entr(p).sum(-1) for p in (probabilities.normal, probabilities.reduce))
+            cells = {"normal": probabilities.normal, "reduce": probabilities.reduce}
+            entropies = {kind: torch.special.entr(p).sum(-1) for kind, p in cells.items() if len(p)}
         return {
             "search_accuracy": sampled["accuracy"],
             "child_accuracy": derived["accuracy"],
             "temperature": self.temperature,
-            "entropy": float(torch.cat([normal, reduce]).mean()),
-            "edge_entropy_normal": normal.tolist(),
-            "edge_entropy_reduce": reduce.tolist(),
+            "entropy": float(torch.cat(list(entropies.values())).mean()),
+            **{f"edge_entropy_{kind}": entropy.tolist() for kind, entropy in entropies.items()},
         }
 
     def derive(self) -> AnyGenotype:
