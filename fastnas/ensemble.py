@@ -25,7 +25,7 @@ from fastnas.methods.parsec import SlotDistribution
 from fastnas.retrain import CHECKPOINT_KIND, RetrainSettings, build_network, resolve, run_retrain
 from fastnas.runs import RunFolder, default_run_path
 from fastnas.settings import DataSettings, RuntimeSettings, load_data, prepare
-from fastnas.spaces import SPACES
+from fastnas.spaces import build_space
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def run_ensemble(
     config = RunFolder.open(run).config()
     if config.get("method") != "parsec":
         raise UserError(f"{run} is no PARSEC search, so it has no distribution to draw architectures from")
-    distribution = SlotDistribution(SPACES[config["space"]](nodes=config["nodes"]))
+    distribution = SlotDistribution(build_space(config["space"], nodes=config["nodes"], cells=config["cells"]))
     distribution.load_run(run)
     seed = int(flags.get("seed", 0))
     choices = distribution.sample(members, torch.Generator().manual_seed(seed))

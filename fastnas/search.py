@@ -31,9 +31,8 @@ from fastnas.progress import Progress
 from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.runs import RunFolder, default_run_path
 from fastnas.settings import CHANGEABLE_ON_RESUME, DataSettings, RuntimeSettings, load_data, prepare
-from fastnas.spaces import SPACES, AnyGenotype, Genotype, build_space
-from fastnas.spaces.derive import count_skips
-from fastnas.spaces.genotype import live_edges
+from fastnas.spaces import SPACES, AnyGenotype, build_space
+from fastnas.spaces.derive import skips_and_edges
 from fastnas.timing import StepTimes
 
 DEFAULT_METHOD = "pc_darts"
@@ -239,10 +238,10 @@ def _search(
                     f"the epochs before it are in {run.path}"
                 )
             genotype = method.derive()
-            if isinstance(genotype, Genotype):
-                skips = {"skips_normal": count_skips(genotype.normal), "skips_reduce": count_skips(genotype.reduce)}
-                record = skips | record
-                _warn_of_collapse(record["skips_normal"], genotype, progress)
+            cells = skips_and_edges(genotype)
+            record = {f"skips_{kind}": skips for kind, (skips, _) in cells.items()} | record
+            if "normal" in cells:
+                _warn_of_collapse(record["skips_normal"], cells["normal"][1], progress)
             run.append_metrics(record | {"genotype": genotype.notation()})
             seconds = {"train_s": trained - started, **times.split(), "evaluate_s": time.perf_counter() - trained}
             run.append_timing({"epoch": epoch, **seconds})
@@ -255,8 +254,7 @@ def _search(
     return SearchResult(genotype, run)
 
 
-def _warn_of_collapse(skips: float, genotype: Genotype, progress: Progress) -> None:
-    edges = sum(map(len, live_edges(genotype.normal)))
+def _warn_of_collapse(skips: float, edges: int, progress: Progress) -> None:
     if skips > edges / 2:
         progress.message(
             f"warning: {skips:.0f} of {edges} edges of the normal cell are skip connections, a sign of collapse: take "

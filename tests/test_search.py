@@ -52,6 +52,10 @@ CASES: dict[str, dict[str, Any]] = {
         **{"crossovers": 1, "mutations": 1},
     },
     "darts-nasbench201": {"method": "darts", "space": "nasbench201"},
+    "spos-nasbench101": {
+        **{"method": "spos", "space": "nasbench101", "channels": 5, "generations": 1, "population": 2, "crossovers": 1},
+        **{"mutations": 1},
+    },
     "one_shot": {"method": "one_shot", "space": "choice_blocks", "ghost_batch": 4, "candidates": 2},
     "random": {"method": "random", "samples": 2},
 }

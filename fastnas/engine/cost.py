@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fastnas.engine.derived import DerivedNetwork
+from fastnas.engine.nasbench201 import STAGES, candidate_module
 from fastnas.nn import build_candidate
 from fastnas.profiler.counts import count
 from fastnas.spaces.darts import DartsSpace, reduction_cells
 from fastnas.spaces.genotype import Genotype, Node
+from fastnas.spaces.nasbench201 import Nasbench201Space
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ def candidate_cost(name: str, channels: int, stride: int, size: int) -> Cost:
     """
     if name == "none":
         return Cost()
+    with torch.device("meta"):
+        return module_cost(build_candidate(name, channels, stride, searching=False), channels, size)
+
+
+def module_cost(module: nn.Module, channels: int, size: int) -> Cost:
+    """Cost of a module on the meta device, on a map of `channels` channels and `size` x `size`."""
     totals = {"multiply_adds": 0.0, "flops": 0.0, "memory": 0.0}
 
     def visit(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -56,13 +64,27 @@ def candidate_cost(name: str, channels: int, stride: int, size: int) -> Cost:
         totals["flops"] += operations
         totals["memory"] += area * (inputs[0].shape[1] + output.shape[1]) + weights
 
-    with torch.device("meta"), torch.no_grad():
-        module = build_candidate(name, channels, stride, searching=False).eval()
-        for layer in module.modules():
-            if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | nn.Identity):
-                layer.register_forward_hook(visit)
-        module(torch.empty(1, channels, size, size))
+    for layer in module.eval().modules():
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | nn.Identity):
+            layer.register_forward_hook(visit)
+    with torch.no_grad():
+        module(torch.empty(1, channels, size, size, device="meta"))
     return Cost(sum(parameter.numel() for parameter in module.parameters()), **totals)
+
+
+def nasbench201_costs(space: Nasbench201Space, *, channels: int, cells: int, image_size: int) -> Tensor:
+    """Cost table of NAS-Bench-201: float64 [4, E, O], the fields of Cost in order, summed over all cells."""
+    table = torch.zeros(len(fields(Cost)), space.num_edges, len(space.candidates), dtype=torch.double)
+    for _ in range(STAGES):
+        for index, name in enumerate(space.candidates):
+            if name != "none":
+                with torch.device("meta"):
+                    cost = module_cost(candidate_module(name, channels, affine=True), channels, image_size)
+                table[:, :, index] += (
+                    cells // STAGES * torch.tensor([getattr(cost, f.name) for f in fields(cost)])[:, None]
+                )
+        channels, image_size = 2 * channels, _half(image_size)
+    return table
 
 
 class NetworkCost:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastnas.engine.mixture import Mixture
 from fastnas.errors import UserError
-from fastnas.ops import mixed_sum
+from fastnas.ops import mixed_sum, partial_shuffle
 from fastnas.spaces.architecture import ArchitectureString
 from fastnas.spaces.nasbench201 import Nasbench201Space
 
@@ -23,7 +23,8 @@ def _relu_conv_norm(c_in: int, channels: int, kernel: int, stride: int, *, affin
     return nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(channels, affine=affine))
 
 
-def _candidate(name: str, channels: int, *, affine: bool) -> nn.Module:
+def candidate_module(name: str, channels: int, *, affine: bool) -> nn.Module:
+    """A candidate but `none`, on a map of `channels` channels."""
     if name.startswith("nor_conv"):
         return _relu_conv_norm(channels, channels, int(name[-1]), 1, affine=affine)
     return nn.AvgPool2d(3, 1, padding=1, count_include_pad=False) if name == "avg_pool_3x3" else nn.Identity()
@@ -45,13 +46,17 @@ class ResidualReduction(nn.Module):
 
 
 class Nasbench201Cell(nn.Module):
-    """The candidates of six edges that `built` names for each (indices), or all."""
+    """The candidates of six edges that `built` names for each (indices), or all; on the first C/K channels with `k`."""
 
-    def __init__(self, space: Nasbench201Space, channels: int, built: list[tuple[int, ...]], *, affine: bool) -> None:
+    def __init__(
+        self, space: Nasbench201Space, channels: int, built: list[tuple[int, ...]], *, affine: bool, k: int = 1
+    ) -> None:
         super().__init__()
-        self.space = space
+        self.space, self.k = space, k
         self.edges = nn.ModuleList(
-            nn.ModuleDict({str(i): _candidate(space.candidates[i], channels, affine=affine) for i in chosen if i})
+            nn.ModuleDict(
+                {str(i): candidate_module(space.candidates[i], channels // k, affine=affine) for i in chosen if i}
+            )
             for chosen in built
         )
 
@@ -59,16 +64,30 @@ class Nasbench201Cell(nn.Module):
         states = [x]
         for node in range(self.space.nodes):
             span = self.space.edge_slice(node)
-            edges = range(span.start, span.stop)
-            states.append(reduce(operator.add, [self._edge(edge, states, architecture) for edge in edges]))
+            sources = zip(range(span.start, span.stop), states, strict=True)
+            if not isinstance(architecture, Mixture):
+                outputs = [self._candidate(edge, architecture[edge], x) for edge, x in sources]
+                states.append(reduce(operator.add, outputs))
+                continue
+            outputs = [self._mixed(edge, x, architecture) for edge, x in sources]
+            weights = architecture.normal_edges
+            states.append(reduce(operator.add, outputs) if weights is None else mixed_sum(outputs, weights[span]))
         return states[-1]
 
-    def _edge(self, edge: int, states: list[Tensor], architecture: Mixture | tuple[int, ...]) -> Tensor:
-        x, candidates = states[self.space.sources[edge]], self.edges[edge]
-        if isinstance(architecture, Mixture):  # `none` adds nothing, but keeps its weight
-            outputs = [candidates[str(index)](x) for index in range(1, len(self.space.candidates))]
-            return mixed_sum(outputs, architecture.normal[edge, 1:])
-        return candidates[str(architecture[edge])](x) if architecture[edge] else torch.zeros_like(x)
+    def _candidate(self, edge: int, index: int, x: Tensor) -> Tensor:
+        return self.edges[edge][str(index)](x) if index else torch.zeros_like(x)
+
+    def _mixed(self, edge: int, x: Tensor, mixture: Mixture) -> Tensor:
+        """`none` adds nothing, but keeps its weight."""
+        active = range(len(self.space.candidates)) if mixture.normal_active is None else mixture.normal_active[edge]
+        indices = [index for index in active if index]
+        if not indices:
+            return torch.zeros_like(x)
+        weights = mixture.normal[edge, indices]
+        if self.k == 1:
+            return mixed_sum([self._candidate(edge, index, x) for index in indices], weights)
+        selected, bypass = x.tensor_split([x.shape[1] // self.k], dim=1)
+        return partial_shuffle([self._candidate(edge, index, selected) for index in indices], weights, bypass)
 
 
 class Nasbench201Network(nn.Module):
@@ -76,7 +95,8 @@ class Nasbench201Network(nn.Module):
 
     Channels double and sides halve at a reduction; the benchmark's own has 16 channels and 15 cells. `only`: build that
     cell alone with affine normalisation, as the benchmark trained it; the supernet's normalisation is not affine.
-    Calling it gives logits [B, classes]. Raises UserError when cells is no multiple of three.
+    `k`: partial channels 1/K (PC-DARTS). Calling it gives logits [B, classes]. Raises UserError when cells is no
+    multiple of three, or channels none of k.
     """
 
     def __init__(
@@ -87,9 +107,12 @@ class Nasbench201Network(nn.Module):
         cells: int,
         classes: int,
         in_channels: int = 3,
+        k: int = 1,
         only: ArchitectureString | None = None,
     ) -> None:
         super().__init__()
+        if channels % k:
+            raise UserError(f"channels must be a multiple of {k} so that 1/{k} of them can be selected, got {channels}")
         if cells % STAGES:
             raise UserError(f"NAS-Bench-201 has three stages of equal length: cells must be 3, 6, 9, ..., got {cells}")
         affine = only is not None
@@ -103,7 +126,7 @@ class Nasbench201Network(nn.Module):
                 self.layers.append(ResidualReduction(channels, 2 * channels, affine=affine))
                 channels *= 2
             for _ in range(cells // STAGES):
-                self.layers.append(Nasbench201Cell(space, channels, built, affine=affine))
+                self.layers.append(Nasbench201Cell(space, channels, built, affine=affine, k=k))
         self.norm = nn.BatchNorm2d(channels)
         self.classifier = nn.Linear(channels, classes)
 

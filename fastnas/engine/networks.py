@@ -6,6 +6,7 @@ from torch import nn
 
 from fastnas.engine.choice_blocks import GHOST, ChoiceBlockNetwork
 from fastnas.engine.derived import DerivedNetwork
+from fastnas.engine.nasbench101 import Nasbench101Network
 from fastnas.engine.nasbench201 import Nasbench201Network
 from fastnas.engine.shufflenet import ShufflenetNetwork
 from fastnas.engine.supernet import Supernet
@@ -13,6 +14,7 @@ from fastnas.errors import UserError
 from fastnas.spaces import AnyGenotype, AnySpace, ArchitectureString
 from fastnas.spaces.choice_blocks import ChoiceBlockSpace
 from fastnas.spaces.darts import DartsSpace
+from fastnas.spaces.nasbench101 import Nasbench101Space
 from fastnas.spaces.nasbench201 import Nasbench201Space
 from fastnas.spaces.shufflenet import ShufflenetSpace
 
@@ -28,11 +30,12 @@ def build_supernet(
     stem: str = "cifar",
     executor: str = "plain",
     ghost: int = GHOST,
+    auxiliary: bool = False,
 ) -> nn.Module:
     """The network that holds all choices of a space; called with images and an architecture it gives logits.
 
-    `k`, `executor`: as `Supernet` takes them, for cells of the DARTS kind. `ghost`: images of a ghost batch, for choice
-    blocks. Raises UserError for what a space does not have.
+    `k`: partial channels 1/K, for cells. `executor`, `auxiliary`: as `Supernet` takes them, for cells of the DARTS
+    kind. `ghost`: images of a ghost batch, for choice blocks. Raises UserError for what a space does not have.
     """
     if isinstance(space, DartsSpace):
         return Supernet(
@@ -44,10 +47,15 @@ def build_supernet(
             k=k,
             stem=stem,
             executor=executor,
+            auxiliary=auxiliary,
         )
+    if auxiliary:
+        raise UserError(f"the space {space.name} has no auxiliary head: leave --auxiliary-weight at 0")
+    size = {"channels": channels, "cells": cells, "classes": classes, "in_channels": in_channels}
+    if isinstance(space, Nasbench201Space) and stem == "cifar":
+        return Nasbench201Network(space, **size, k=k)
     if k != 1:
         raise UserError(f"the space {space.name} has no partial channels: leave --partial at 1")
-    size = {"channels": channels, "cells": cells, "classes": classes, "in_channels": in_channels}
     return _of_strings(space, None, stem, size, ghost)
 
 
@@ -77,6 +85,7 @@ def space_of(genotype: ArchitectureString) -> AnySpace:
     length = len(genotype.string)
     spaces = {
         "choice_blocks": lambda: ChoiceBlockSpace(length // 2),
+        "nasbench101": Nasbench101Space,
         "nasbench201": Nasbench201Space,
         "shufflenet": lambda: ShufflenetSpace(length),
         "shufflenet_se": lambda: ShufflenetSpace(length, extras=True),
@@ -98,4 +107,6 @@ def _of_strings(
         raise UserError(f"the space {space.name} has no stem {stem}: leave --stem at cifar")
     if isinstance(space, ChoiceBlockSpace):
         return ChoiceBlockNetwork(space, **size, ghost=ghost, only=only)
+    if isinstance(space, Nasbench101Space):
+        return Nasbench101Network(space, **size, only=only)
     return Nasbench201Network(space, **size, only=only)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnas.engine.derived import AuxiliaryHead
 from fastnas.engine.fused import run_fused
 from fastnas.engine.mixture import Active, Mixture
 from fastnas.engine.stems import build_stem
@@ -126,7 +127,7 @@ class Supernet(nn.Module):
     `k`: partial channels 1/K (PC-DARTS); `stem`: "cifar" or "imagenet". Its parameters are the shared weights only;
     the architecture comes with each call. `executor`: "plain" (one module call a candidate), "fused" or "lean" (both
     fused; lean keeps little more than the states of the cells between forward and backward, and computes more). Random
-    channels and half-width images run on the plain executor.
+    channels and half-width images run on the plain executor. `auxiliary`: add the auxiliary head of retraining.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Supernet(nn.Module):
         k: int = 1,
         stem: str = "cifar",
         executor: str = "plain",
+        auxiliary: bool = False,
     ) -> None:
         super().__init__()
         if executor not in EXECUTORS:
@@ -153,6 +155,8 @@ class Supernet(nn.Module):
         self.stem = build_stem(stem, in_channels, channels)
         c_prev_prev = c_prev = self.stem.out_channels
         previous_reduces = self.stem.reduces_at_end
+        self.auxiliary_after = reduction_cells(cells)[1]
+        self.auxiliary: AuxiliaryHead | None = None
         self.cells = nn.ModuleList()
         for index in range(cells):
             reduction = index in reduction_cells(cells)
@@ -169,6 +173,8 @@ class Supernet(nn.Module):
                 )
             )
             c_prev_prev, c_prev, previous_reduces = c_prev, space.nodes * channels, reduction
+            if auxiliary and index == self.auxiliary_after:
+                self.auxiliary = AuxiliaryHead(c_prev, classes, second_norm=stem == "cifar")
         self.classifier = nn.Linear(c_prev, classes)
 
     def forward(self, x: Tensor, architecture: Mixture | Genotype) -> Tensor:
@@ -177,6 +183,15 @@ class Supernet(nn.Module):
         A Mixture runs every candidate (DARTS, eq. 2); a Genotype runs its sampled path alone, at the cost and
         memory of one child network.
         """
+        return self._run(x, architecture)[0]
+
+    def forward_with_auxiliary(self, x: Tensor, architecture: Mixture | Genotype) -> tuple[Tensor, Tensor | None]:
+        """Logits of the network and of the auxiliary head, both [B, classes]; None without that head."""
+        return self._run(x, architecture, with_auxiliary=True)
+
+    def _run(
+        self, x: Tensor, architecture: Mixture | Genotype, *, with_auxiliary: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         executor = self.executor if x.dtype in FUSED_DTYPES else "plain"
         if executor != "plain":
             x = x.contiguous(memory_format=torch.channels_last)
@@ -184,7 +199,10 @@ class Supernet(nn.Module):
         generator = None
         if isinstance(architecture, Mixture) and architecture.channel_seed is not None:
             generator = torch.Generator().manual_seed(architecture.channel_seed)
-        for cell in self.cells:
+        auxiliary_logits = None
+        for index, cell in enumerate(self.cells):
             channels = None if generator is None else cell.random_channels(generator).to(x.device)
             s0, s1 = s1, cell(s0, s1, architecture, executor=executor, channels=channels)
-        return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1))
+            if with_auxiliary and self.auxiliary is not None and index == self.auxiliary_after:
+                auxiliary_logits = self.auxiliary(s1)
+        return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1)), auxiliary_logits

@@ -28,19 +28,19 @@ _ALL: tuple[type[Method], ...] = (
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-_STRING_SPACES = (*CELL_SPACES, "nasbench201", "shufflenet", "shufflenet_se")
+_EDGE_SPACES = (*CELL_SPACES, "nasbench201")  # each edge of a cell has one candidate
+_STRING_SPACES = (*_EDGE_SPACES, "nasbench101", "shufflenet", "shufflenet_se")
 _OTHER_SPACES = {
     OneShot.name: ("choice_blocks",),
     RandomSearch.name: tuple(SPACES),
     Spos.name: _STRING_SPACES,
     VaenasOneShot.name: _STRING_SPACES,
-    Darts.name: (*CELL_SPACES, "nasbench201"),
 }
 
 
 def spaces_of(method: str) -> tuple[str, ...]:
     """Names of the spaces that a method searches."""
-    return _OTHER_SPACES.get(method, CELL_SPACES)
+    return _OTHER_SPACES.get(method, _EDGE_SPACES)
 
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -70,9 +70,9 @@ class Problem:
         """A CPU generator with that seed."""
         return torch.Generator().manual_seed(self.seed_of(*stream))
 
-    def supernet(self, *, k: int = 1, ghost: int = GHOST) -> nn.Module:
+    def supernet(self, *, k: int = 1, ghost: int = GHOST, auxiliary: bool = False) -> nn.Module:
         """A new supernet of this problem, on its device; `k`: partial channels 1/k, `ghost`: images of a ghost
-        batch."""
+        batch, `auxiliary`: with an auxiliary head."""
         return build_supernet(
             self.space,
             channels=self.weights.channels,
@@ -83,6 +83,7 @@ class Problem:
             ghost=ghost,
             stem=self.weights.stem,
             executor=self.weights.executor,
+            auxiliary=auxiliary,
         ).to(self.device)
 
 
@@ -125,6 +126,17 @@ def check_betas(betas: tuple[float, ...]) -> None:
     """Adam's decay rates: two numbers from 0 up to, but not including, 1. Raises UserError otherwise."""
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise UserError(f"arch-betas must be two numbers of at least 0 and below 1, got {','.join(map(str, betas))}")
+
+
+def states_of(method: object, parts: Sequence[str]) -> dict[str, Any]:
+    """The states of a method's modules and optimisers, by the names of its attributes."""
+    return {name: getattr(method, name).state_dict() for name in parts}
+
+
+def load_states(method: object, parts: Sequence[str], state: dict[str, Any]) -> None:
+    """The reverse of `states_of`."""
+    for name in parts:
+        getattr(method, name).load_state_dict(state[name])
 
 
 class Method(Protocol):

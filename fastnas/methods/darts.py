@@ -23,11 +23,21 @@ from fastnas.config import option
 from fastnas.engine.mixture import Alphas, Mixture
 from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
 from fastnas.errors import UserError
-from fastnas.methods.base import Figure, Problem, check_betas, train_weights, weight_optimizer, weight_rate
+from fastnas.methods.base import (
+    Figure,
+    Problem,
+    check_betas,
+    load_states,
+    states_of,
+    train_weights,
+    weight_optimizer,
+    weight_rate,
+)
 from fastnas.spaces import AnyGenotype, ArchitectureString, Nasbench201Space
-from fastnas.spaces.derive import SKIP, count_skips, derive_top2
+from fastnas.spaces.derive import count_skips, derive_nasbench201, derive_top2, skips_and_edges
 
 WEIGHTS, ARCHITECTURE, EVALUATION = 1, 2, 3  # uses of random channels
+LEARNT = ("supernet", "alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 FINITE_DIFFERENCE = 1e-2  # eps times the gradient's norm, section 2.3
 
 
@@ -60,6 +70,8 @@ class Darts:
 
     def __init__(self, settings: DartsSettings, problem: Problem) -> None:
         weights = problem.weights
+        if settings.random_channels and isinstance(problem.space, Nasbench201Space):
+            raise UserError("random-channels is for cells of the DARTS kind: drop it on NAS-Bench-201")
         self.settings, self.weights, self.problem = settings, weights, problem
         self.supernet = problem.supernet(k=settings.partial)
         self.alphas = Alphas(
@@ -189,7 +201,7 @@ class Darts:
         figures["entropy"] = float(torch.cat(entropies).mean())
         uncapped = self._derive(mixture, None)
         if isinstance(uncapped, ArchitectureString):
-            skips = uncapped.string.count(self.alphas.space.candidates.index(SKIP))
+            skips, _ = skips_and_edges(uncapped)["normal"]
             return figures | {"edge_entropy_normal": entropies[0].tolist(), "skips_normal": float(skips)}
         return figures | {
             "entropy_normal": float(entropies[0].mean()),
@@ -207,7 +219,7 @@ class Darts:
         """Top-2 on DARTS-like cells; on NAS-Bench-201 the best candidate of each edge, `none` among them."""
         space = self.alphas.space
         if isinstance(space, Nasbench201Space):
-            return space.decode(mixture.normal.argmax(-1).tolist(), rule="argmax")
+            return derive_nasbench201(space, mixture.normal, max_skips=max_skips)
         return derive_top2(
             self.alphas.space,
             mixture.normal,
@@ -218,18 +230,10 @@ class Darts:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "supernet": self.supernet.state_dict(),
-            "alphas": self.alphas.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
-        }
+        return states_of(self, LEARNT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.supernet.load_state_dict(state["supernet"])
-        self.alphas.load_state_dict(state["alphas"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        load_states(self, LEARNT, state)
 
 
 def _grad(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ of crossovers and mutations of these, filled up at random. No architecture is sc
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,7 @@ from fastnas.errors import UserError
 from fastnas.methods.base import Problem
 from fastnas.profiler.counts import Counts, count
 from fastnas.spaces import AnyGenotype, ArchitectureString, DartsSpace
-
-String = tuple[int, ...]
+from fastnas.spaces.strings import String, Strings
 
 TRIES = 10  # times the number wanted: draws before crossovers and mutations give way to random strings (released code)
 RANDOM_TRIES = 1000  # draws before a limit counts as out of reach
@@ -102,23 +101,8 @@ class Limits:
         return count(network, (problem.in_channels, problem.image_size, problem.image_size))
 
 
-def random_string(choices: Sequence[int], rng: random.Random) -> String:
-    """Draw uniformly: U(alpha)."""
-    return tuple(rng.randrange(size) for size in choices)
-
-
-def mutate(string: String, choices: Sequence[int], rate: float, rng: random.Random) -> String:
-    """Draw each place anew with probability `rate`."""
-    return tuple(rng.randrange(size) if rng.random() < rate else old for old, size in zip(string, choices, strict=True))
-
-
-def cross(first: String, second: String, rng: random.Random) -> String:
-    """Take each place from either parent with equal probability."""
-    return tuple(rng.choice(pair) for pair in zip(first, second, strict=True))
-
-
 def evolve(
-    choices: Sequence[int],
+    strings: Strings,
     score: Callable[[String], float],
     allow: Callable[[String], bool],
     settings: EvolutionSettings,
@@ -149,7 +133,7 @@ def evolve(
     top: list[tuple[String, float]] = []
     for _ in range(settings.generations):
         rest = settings.population - len(population)
-        add(rest, lambda: random_string(choices, rng), RANDOM_TRIES * (1 if top else rest), population)
+        add(rest, lambda: strings.random_string(rng), RANDOM_TRIES * (1 if top else rest), population)
         if not population and not top:
             raise UserError(
                 f"{RANDOM_TRIES * rest} random architectures were all too large: raise --max-parameters or "
@@ -162,13 +146,13 @@ def evolve(
         population = []
         add(
             settings.crossovers,
-            lambda best=best: cross(rng.choice(best), rng.choice(best), rng),
+            lambda best=best: strings.cross(rng.choice(best), rng.choice(best), rng),
             TRIES * settings.crossovers,
             population,
         )
         add(
             settings.mutations,
-            lambda best=best: mutate(rng.choice(best), choices, settings.mutation_rate, rng),
+            lambda best=best: strings.mutate(rng.choice(best), settings.mutation_rate, rng),
             TRIES * settings.mutations,
             population,
         )

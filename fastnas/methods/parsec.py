@@ -35,14 +35,17 @@ from fastnas.engine.training import (
     set_learning_rate,
 )
 from fastnas.errors import UserError
-from fastnas.methods.base import Problem, check_betas, weight_optimizer, weight_rate
-from fastnas.spaces.darts import DartsSpace
+from fastnas.methods.base import Problem, check_betas, load_states, states_of, weight_optimizer, weight_rate
+from fastnas.spaces import AnyGenotype, DartsSpace, Nasbench201Space
 from fastnas.spaces.genotype import Genotype, Node
 
+LEARNT = ("supernet", "distribution", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 SLOTS = 2
 NEGLIGIBLE = 1e-4  # a child of smaller importance weight moves the gradient by less than rounding does: no backward
 
-Choices = list[Tensor]  # for normal and reduction nodes in turn: int64 [K, 2], the pair chosen in each slot
+# For normal and reduction nodes in turn: int64 [K, 2], the pair chosen in each slot. In NAS-Bench-201, for each edge:
+# int64 [K, 1], the candidate.
+Choices = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class ParsecSettings:
         "log-likelihood of the search batch: the sum over its images is the paper's formula, the mean tempers it",
         choices=("sum", "mean"),
     )
+    auxiliary_weight: float = option(
+        0.0, "weight of an auxiliary head's loss in the training of the weights; 0 leaves the head out", minimum=0
+    )
     warm_start: Path | None = option(None, "run folder of another PARSEC search whose pi this one starts from")
 
     def __post_init__(self) -> None:
@@ -64,17 +70,22 @@ class ParsecSettings:
 
 
 class SlotDistribution(nn.Module):
-    """p(alpha | pi): for node n of each cell type, logits [2, (2 + n) * O] over (input, candidate) pairs."""
+    """p(alpha | pi): for node n of each cell type, logits [2, (2 + n) * O] over (input, candidate) pairs.
 
-    def __init__(self, space: DartsSpace) -> None:
+    In NAS-Bench-201 the inputs are fixed: logits [1, O] for each edge over its candidates, `none` among them.
+    """
+
+    def __init__(self, space: DartsSpace | Nasbench201Space) -> None:
         super().__init__()
         self.space = space
-        self.names = space.candidates_without_none
-        self.logits = nn.ParameterList(
-            torch.zeros(SLOTS, (2 + node) * len(self.names))
-            for _ in ("normal", "reduce")
-            for node in range(space.nodes)
-        )
+        if isinstance(space, Nasbench201Space):
+            shapes = [(1, len(space.candidates))] * space.num_edges
+            self.normal_factors = len(shapes)
+        else:
+            self.names = space.candidates_without_none
+            shapes = 2 * [(SLOTS, (2 + node) * len(self.names)) for node in range(space.nodes)]
+            self.normal_factors = space.nodes
+        self.logits = nn.ParameterList(torch.zeros(shape) for shape in shapes)
 
     def load_run(self, run: Path) -> None:
         """Take over pi of an earlier PARSEC search from its checkpoint.
@@ -107,13 +118,16 @@ class SlotDistribution(nn.Module):
             total = total + log_pi.gather(-1, chosen.to(logits.device)[..., None]).sum((-2, -1))
         return total
 
-    def mode(self) -> Genotype:
+    def mode(self) -> AnyGenotype:
         """The most probable architecture: slots are independent, so the best pair of each slot."""
         return self.genotype([logits.argmax(-1)[None] for logits in self.logits], 0)
 
-    def genotype(self, choices: Choices, k: int) -> Genotype:
+    def genotype(self, choices: Choices, k: int) -> AnyGenotype:
         """Sample k as a genotype."""
-        space, operations = self.space, len(self.names)
+        space = self.space
+        if isinstance(space, Nasbench201Space):
+            return space.decode([int(chosen[k]) for chosen in choices], rule="mode")
+        operations = len(self.names)
         nodes: list[Node] = [
             tuple((self.names[pair % operations], pair // operations) for pair in chosen[k].tolist())
             for chosen in choices
@@ -126,7 +140,7 @@ class SlotDistribution(nn.Module):
     def entropies(self) -> tuple[float, float]:
         """Entropy of the normal and of the reduction cell's distribution, in nats (the paper's Figure 3b)."""
         each = [float(-(logits.softmax(-1) * logits.log_softmax(-1)).sum()) for logits in self.logits]
-        return sum(each[: self.space.nodes]), sum(each[self.space.nodes :])
+        return sum(each[: self.normal_factors]), sum(each[self.normal_factors :])
 
 
 def importance_weights(log_likelihoods: Tensor) -> Tensor:
@@ -143,7 +157,7 @@ class Parsec:
     def __init__(self, settings: ParsecSettings, problem: Problem) -> None:
         weights = problem.weights
         self.settings, self.weights, self.problem = settings, weights, problem
-        self.supernet = problem.supernet()
+        self.supernet = problem.supernet(auxiliary=settings.auxiliary_weight > 0)
         self.distribution = SlotDistribution(problem.space)
         if settings.warm_start is not None:
             self.distribution.load_run(settings.warm_start)
@@ -177,7 +191,7 @@ class Parsec:
         }
 
     @torch.no_grad()
-    def _log_likelihoods(self, children: Sequence[Genotype], search: Batch) -> Tensor:
+    def _log_likelihoods(self, children: Sequence[AnyGenotype], search: Batch) -> Tensor:
         """log p(y | X, v, alpha_k) of the search batch, float32 [K]; forward passes alone, nothing is kept."""
         x, y = search
         with batch_statistics(self.supernet):
@@ -186,7 +200,9 @@ class Parsec:
             ]
         return -torch.stack(losses)
 
-    def _weight_step(self, children: Sequence[Genotype], weights: Sequence[float], train: Batch) -> dict[str, Tensor]:
+    def _weight_step(
+        self, children: Sequence[AnyGenotype], weights: Sequence[float], train: Batch
+    ) -> dict[str, Tensor]:
         """grad_v of eq. 8 child by child, then one SGD step. An operation that no child used stays untouched:
         its gradient is None, so that it sees neither weight decay nor momentum.
 
@@ -198,14 +214,22 @@ class Parsec:
         for child, weight in zip(children, weights, strict=True):
             if weight < NEGLIGIBLE:
                 continue
-            logits = self.supernet(x, child)
-            loss = F.cross_entropy(logits, y)
+            logits, loss = self._training_loss(child, x, y)
             (weight * loss).backward()
             total_loss = total_loss + weight * loss.detach()
             total_accuracy = total_accuracy + weight * accuracy(logits.detach(), y)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.weights.grad_clip)
         self.weight_optimizer.step()
         return {"loss": total_loss, "accuracy": total_accuracy}
+
+    def _training_loss(self, child: AnyGenotype, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the loss with that of the auxiliary head, if any."""
+        if not self.settings.auxiliary_weight:
+            logits = self.supernet(x, child)
+            return logits, F.cross_entropy(logits, y)
+        logits, auxiliary = self.supernet.forward_with_auxiliary(x, child)
+        loss = F.cross_entropy(logits, y) + self.settings.auxiliary_weight * F.cross_entropy(auxiliary, y)
+        return logits, loss
 
     def end_epoch(self, search: Iterable[Batch]) -> dict[str, float]:
         """Accuracy of the mode with the shared weights (the paper's Figure 3a) and the entropies (Figure 3b)."""
@@ -221,19 +245,11 @@ class Parsec:
             "entropy": normal + reduce,
         }
 
-    def derive(self) -> Genotype:
+    def derive(self) -> AnyGenotype:
         return self.distribution.mode()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "supernet": self.supernet.state_dict(),
-            "distribution": self.distribution.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
-        }
+        return states_of(self, LEARNT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.supernet.load_state_dict(state["supernet"])
-        self.distribution.load_state_dict(state["distribution"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        load_states(self, LEARNT, state)

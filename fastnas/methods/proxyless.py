@@ -26,10 +26,20 @@ from torch import Tensor
 from fastnas.config import option
 from fastnas.engine.mixture import Alphas, Mixture
 from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
-from fastnas.methods.base import Figure, Problem, check_betas, train_weights, weight_optimizer, weight_rate
+from fastnas.methods.base import (
+    Figure,
+    Problem,
+    check_betas,
+    load_states,
+    states_of,
+    train_weights,
+    weight_optimizer,
+    weight_rate,
+)
+from fastnas.spaces import AnyGenotype
 from fastnas.spaces.derive import derive_all_edges
-from fastnas.spaces.genotype import Genotype
 
+LEARNT = ("supernet", "alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 WEIGHT_STEP, ARCHITECTURE_STEP = 1, 2  # streams of random numbers
 
 
@@ -75,7 +85,7 @@ class Proxyless:
         set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
         self.searching = epoch >= self.settings.warmup_epochs
 
-    def sample_path(self, index: int) -> Genotype:
+    def sample_path(self, index: int) -> AnyGenotype:
         """The path that the weight step `index` trains: one candidate of each edge, by p."""
         generator = self.problem.generator(WEIGHT_STEP, index)
         chosen = [draw(alpha, 1, generator)[:, 0].tolist() for alpha in self.alphas.parameters()]
@@ -128,7 +138,7 @@ class Proxyless:
         x, y = search
         with frozen(self.supernet):
             loss = F.cross_entropy(self.supernet(x, mixture), y)
-            return loss.detach(), torch.autograd.grad(loss, gates)
+            return loss.detach(), torch.autograd.grad(loss, gates, materialize_grads=True)
 
     def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
         """Accuracy of the most probable path with the shared weights, and the mean entropy of an edge."""
@@ -136,30 +146,22 @@ class Proxyless:
         self.supernet.eval()
         with batch_statistics(self.supernet), torch.no_grad():
             figures = evaluate(lambda x: self.supernet(x, path), search)
-            entropies = [torch.special.entr(alpha.softmax(-1)).sum(-1) for alpha in self.alphas.parameters()]
+            alphas = {"normal": self.alphas.alpha_normal, "reduce": self.alphas.alpha_reduce}
+            entropies = {kind: torch.special.entr(a.softmax(-1)).sum(-1) for kind, a in alphas.items() if len(a)}
         return {
             "search_accuracy": figures["accuracy"],
-            "entropy_normal": float(entropies[0].mean()),
-            "entropy_reduce": float(entropies[1].mean()),
-            "entropy": float(torch.cat(entropies).mean()),
+            "entropy": float(torch.cat(list(entropies.values())).mean()),
+            **{f"entropy_{kind}": float(entropy.mean()) for kind, entropy in entropies.items()},
         }
 
-    def derive(self) -> Genotype:
+    def derive(self) -> AnyGenotype:
         return derive_all_edges(self.problem.space, self.alphas.alpha_normal, self.alphas.alpha_reduce)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "supernet": self.supernet.state_dict(),
-            "alphas": self.alphas.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
-        }
+        return states_of(self, LEARNT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.supernet.load_state_dict(state["supernet"])
-        self.alphas.load_state_dict(state["alphas"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        load_states(self, LEARNT, state)
 
 
 def draw(alpha: Tensor, count: int, generator: torch.Generator) -> Tensor:

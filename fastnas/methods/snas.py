@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnas.config import option
-from fastnas.engine.cost import NetworkCost
+from fastnas.engine.cost import NetworkCost, nasbench201_costs
 from fastnas.engine.mixture import Alphas, Mixture
 from fastnas.engine.training import (
     Batch,
@@ -38,12 +38,13 @@ from fastnas.engine.training import (
     evaluate,
     set_learning_rate,
 )
-from fastnas.methods.base import Figure, Problem, check_betas, weight_optimizer, weight_rate
+from fastnas.methods.base import Figure, Problem, check_betas, load_states, states_of, weight_optimizer, weight_rate
 from fastnas.ops import gumbel_softmax
+from fastnas.spaces import AnyGenotype, Nasbench201Space
 from fastnas.spaces.derive import derive_all_edges
-from fastnas.spaces.genotype import Genotype
 
 RESOURCE_WEIGHTS = {"none": 0.0, "mild": 0.1, "moderate": 0.3, "aggressive": 1.0}  # eta; the paper gives no values
+LEARNT = ("supernet", "log_alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 STEP, EVALUATION = 1, 2  # streams of noise
 
 
@@ -128,39 +129,36 @@ class Snas:
             sampled = evaluate(lambda x: self.supernet(x, z), search)
             derived = evaluate(lambda x: self.supernet(x, child), search)
             probabilities = self.log_alphas()
-            normal, reduce = (torch.special.entr(p).sum(-1) for p in (probabilities.normal, probabilities.reduce))
+            cells = {"normal": probabilities.normal, "reduce": probabilities.reduce}
+            entropies = {kind: torch.special.entr(p).sum(-1) for kind, p in cells.items() if len(p)}
         return {
             "search_accuracy": sampled["accuracy"],
             "child_accuracy": derived["accuracy"],
             "temperature": self.temperature,
-            "entropy": float(torch.cat([normal, reduce]).mean()),
-            "edge_entropy_normal": normal.tolist(),
-            "edge_entropy_reduce": reduce.tolist(),
+            "entropy": float(torch.cat(list(entropies.values())).mean()),
+            **{f"edge_entropy_{kind}": entropy.tolist() for kind, entropy in entropies.items()},
         }
 
-    def derive(self) -> Genotype:
+    def derive(self) -> AnyGenotype:
         return derive_all_edges(self.problem.space, self.log_alphas.alpha_normal, self.log_alphas.alpha_reduce)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "supernet": self.supernet.state_dict(),
-            "log_alphas": self.log_alphas.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "arch_optimizer": self.arch_optimizer.state_dict(),
-        }
+        return states_of(self, LEARNT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.supernet.load_state_dict(state["supernet"])
-        self.log_alphas.load_state_dict(state["log_alphas"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
-        self.arch_optimizer.load_state_dict(state["arch_optimizer"])
+        load_states(self, LEARNT, state)
 
 
 def relative_costs(problem: Problem) -> tuple[Tensor, Tensor]:
     """C(O_ij) of the normal and the reduction cells, float64 [E, O] each: the mean of parameters, FLOPs and memory
     access (appendix F needs all three to tell the kinds of operations apart), each relative to its value for a Z
     that is uniform over the candidates."""
-    weights = problem.weights
+    weights, kept = problem.weights, torch.tensor([0, 2, 3])  # parameters, FLOPs, memory access
+    if isinstance(problem.space, Nasbench201Space):
+        table = nasbench201_costs(
+            problem.space, channels=weights.channels, cells=weights.cells, image_size=problem.image_size
+        )[kept]
+        return (table / table.mean(-1).sum(-1)[:, None, None]).mean(0), torch.zeros(0, table.shape[-1])
     costs = NetworkCost(
         problem.space,
         channels=weights.channels,
@@ -170,7 +168,6 @@ def relative_costs(problem: Problem) -> tuple[Tensor, Tensor]:
         in_channels=problem.in_channels,
         stem=weights.stem,
     )
-    kept = torch.tensor([0, 2, 3])  # parameters, FLOPs, memory access
     normal, reduce = costs.normal[kept], costs.reduce[kept]
     uniform = (normal.mean(-1).sum(-1) + reduce.mean(-1).sum(-1)).clamp_min(1.0)[:, None, None]
     return (normal / uniform).mean(0), (reduce / uniform).mean(0)

@@ -10,7 +10,6 @@ batch normalisation are taken anew on training images, as the shared ones mix al
 
 from __future__ import annotations
 
-import math
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -23,8 +22,10 @@ from torch import Tensor
 from fastnas.config import option
 from fastnas.engine.training import Batch, batch_statistics, evaluate, recalibrate, set_learning_rate
 from fastnas.methods.base import Figure, Problem, train_weights, weight_optimizer, weight_rate
-from fastnas.methods.evolution import EvolutionSettings, Limits, String, evolve, random_string
+from fastnas.methods.evolution import EvolutionSettings, Limits, evolve
+from fastnas.spaces import strings_of
 from fastnas.spaces.genotype import Genotype
+from fastnas.spaces.strings import String
 
 STEP, EPOCH, EVOLUTION = 1, 2, 3  # streams of random numbers
 PROBES = 3  # random architectures whose mean accuracy shows how the weights come on
@@ -44,7 +45,7 @@ class Spos:
 
     def __init__(self, settings: SposSettings, problem: Problem) -> None:
         self.settings, self.weights, self.problem = settings, problem.weights, problem
-        self.space = problem.space
+        self.space, self.strings = problem.space, strings_of(problem.space)
         self.supernet = problem.supernet()
         self.weight_optimizer = weight_optimizer(self.supernet, problem.weights)
         self.limits = Limits(settings, problem)
@@ -58,7 +59,7 @@ class Spos:
 
     def sample(self, index: int) -> String:
         """The architecture of step `index`, from U(A)."""
-        return random_string(self.space.choices, random.Random(self.problem.seed_of(STEP, index)))
+        return self.strings.random_string(random.Random(self.problem.seed_of(STEP, index)))
 
     def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
         """Train the weights of one sampled architecture."""
@@ -69,14 +70,13 @@ class Spos:
     def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
         """Mean accuracy of a few random architectures; after the last epoch that of the evolution's best."""
         self.supernet.eval()
-        entropy = sum(map(math.log, self.space.choices))  # of U(A)
         if self.epoch < self.weights.epochs - 1:
             rng = random.Random(self.problem.seed_of(EPOCH, self.epoch))
-            probes = [random_string(self.space.choices, rng) for _ in range(PROBES)]
+            probes = [self.strings.random_string(rng) for _ in range(PROBES)]
             accuracies = [self.accuracy(probe, search) for probe in probes]
-            return {"search_accuracy": sum(accuracies) / PROBES, "entropy": entropy}
+            return {"search_accuracy": sum(accuracies) / PROBES, "entropy": self.strings.entropy}
         top = evolve(
-            self.space.choices,
+            self.strings,
             lambda string: self.recalibrated_accuracy(string, search),
             lambda string: self.limits.allow(self.space.decode(string)),
             self.settings,
@@ -86,7 +86,7 @@ class Spos:
         self.found = top[0][0]
         return {
             "search_accuracy": top[0][1],
-            "entropy": entropy,
+            "entropy": self.strings.entropy,
             "top_accuracies": [accuracy for _, accuracy in top],
         }
 
@@ -110,7 +110,7 @@ class Spos:
 
     def derive(self) -> Genotype:
         """The best architecture of the evolution; before it, a random one."""
-        string = self.found or random_string(self.space.choices, random.Random(self.problem.seed))
+        string = self.found or self.strings.random_string(random.Random(self.problem.seed))
         return self.space.decode(string, rule="evolution" if self.found else "random")
 
     def state_dict(self) -> dict[str, Any]:

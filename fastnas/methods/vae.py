@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastnas.methods.evolution import String
+from fastnas.spaces.strings import String
 
 TRAINING_BATCH = 64
 

@@ -27,12 +27,14 @@ from torch import Tensor
 
 from fastnas.config import option
 from fastnas.engine.training import Batch, batch_statistics, evaluate
+from fastnas.errors import UserError
 from fastnas.methods.base import Figure, Problem
-from fastnas.methods.evolution import RANDOM_TRIES, String, random_string
+from fastnas.methods.evolution import RANDOM_TRIES
 from fastnas.methods.proxyless import Pair, Proxyless, ProxylessSettings
 from fastnas.methods.spos import STEP, Spos, SposSettings
 from fastnas.methods.vae import ArchitectureVae, train_vae
-from fastnas.spaces.genotype import Genotype
+from fastnas.spaces import AnyGenotype
+from fastnas.spaces.strings import FreeStrings, String, Strings
 
 INITIAL, SAMPLE, RANK, TRAIN, SEEDS = 10, 11, 12, 13, 14  # streams of random numbers
 
@@ -56,16 +58,28 @@ class VaeSettings:
 class Sampler:
     """The autoencoder of a search with its optimiser, and Algorithm 1 on scored architectures."""
 
-    def __init__(self, settings: VaeSettings, problem: Problem, choices: Sequence[int]) -> None:
-        self.settings, self.problem = settings, problem
+    def __init__(self, settings: VaeSettings, problem: Problem, strings: Strings) -> None:
+        self.settings, self.problem, self.strings = settings, problem, strings
         self.vae = ArchitectureVae(
-            choices, hidden=settings.vae_hidden, latent=settings.vae_latent, generator=problem.generator(INITIAL)
+            strings.choices,
+            hidden=settings.vae_hidden,
+            latent=settings.vae_latent,
+            generator=problem.generator(INITIAL),
         )
         self.optimizer = torch.optim.Adam(self.vae.parameters(), settings.vae_lr)
 
     def sample(self, count: int, *stream: int) -> list[String]:
-        """From p_theta; a function of its parameters, the seed and the stream."""
-        return self.vae.sample(count, self.problem.generator(*stream))
+        """From p_theta; a function of its parameters, the seed and the stream. What is no valid string is drawn again.
+
+        Raises UserError when hardly any is valid.
+        """
+        generator = self.problem.generator(*stream)
+        found: list[String] = []
+        for _ in range(RANDOM_TRIES):
+            found += [string for string in self.vae.sample(count, generator) if self.strings.is_valid(string)]
+            if len(found) >= count:
+                return found[:count]
+        raise UserError("the autoencoder draws hardly any valid architecture: give more --ranked or --vae-iterations")
 
     def is_due(self, epoch: int) -> bool:
         return (epoch + 1) % self.settings.vae_interval == 0
@@ -113,7 +127,7 @@ class VaenasOneShot(Spos):
 
     def __init__(self, settings: VaenasOneShotSettings, problem: Problem) -> None:
         super().__init__(settings, problem)
-        self.sampler = Sampler(settings, problem, problem.space.choices)
+        self.sampler = Sampler(settings, problem, self.strings)
 
     def epsilon(self, index: int) -> float:
         """Exploitation at step `index`, counted from 0 over the whole search (lines 1 and 11)."""
@@ -123,7 +137,7 @@ class VaenasOneShot(Spos):
         """`count` architectures from the mixture of equation 5."""
         rng = random.Random(self.problem.seed_of(*stream, 0))
         learnt = sum(rng.random() < epsilon for _ in range(count))
-        uniform = [random_string(self.space.choices, rng) for _ in range(count - learnt)]
+        uniform = [self.strings.random_string(rng) for _ in range(count - learnt)]
         return (self.sampler.sample(learnt, *stream, 1) if learnt else []) + uniform
 
     def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
@@ -175,14 +189,15 @@ class VaenasGradient(Proxyless):
 
     def __init__(self, settings: VaenasGradientSettings, problem: Problem) -> None:
         super().__init__(settings, problem)
-        self.choices = (len(problem.space.candidates),) * (2 * problem.space.num_edges)
-        self.sampler = Sampler(settings, problem, self.choices)
+        edges = problem.space.num_edges + problem.space.num_reduction_edges
+        self.strings = FreeStrings((len(problem.space.candidates),) * edges)
+        self.sampler = Sampler(settings, problem, self.strings)
 
-    def _genotype(self, string: String) -> Genotype:
+    def _genotype(self, string: String) -> AnyGenotype:
         edges = self.problem.space.num_edges
         return self.problem.space.free_edges(string[:edges], string[edges:])
 
-    def sample_path(self, index: int) -> Genotype:
+    def sample_path(self, index: int) -> AnyGenotype:
         return self._genotype(self.sampler.sample(2, SAMPLE, index)[0])
 
     def sample_pairs(self, index: int) -> list[Pair]:
@@ -190,8 +205,8 @@ class VaenasGradient(Proxyless):
         open. Where both name one candidate, the edge learns nothing."""
         both = torch.tensor(self.sampler.sample(2, SAMPLE, index)).T
         edges = self.problem.space.num_edges
-        opened = torch.zeros(edges, dtype=torch.int64)
-        return [Pair(both[:edges], opened), Pair(both[edges:], opened)]
+        opened = torch.zeros(len(both), dtype=torch.int64)
+        return [Pair(both[:edges], opened[:edges]), Pair(both[edges:], opened[edges:])]
 
     def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
         """Lines 5 to 10: score uniform architectures, train the autoencoder."""
@@ -199,7 +214,7 @@ class VaenasGradient(Proxyless):
         if self.sampler.is_due(self.epoch):
             self.supernet.eval()
             rng = random.Random(self.problem.seed_of(RANK, self.epoch))
-            drawn = [random_string(self.choices, rng) for _ in range(self.settings.ranked)]
+            drawn = [self.strings.random_string(rng) for _ in range(self.settings.ranked)]
             batches = list(islice(search, self.settings.rank_batches))
             figures = self.sampler.learn([(string, self._accuracy(string, batches)) for string in drawn], self.epoch)
         return super().end_epoch(search) | figures

@@ -4,18 +4,21 @@ from fastnas.spaces.architecture import ArchitectureString
 from fastnas.spaces.choice_blocks import ChoiceBlockSpace
 from fastnas.spaces.darts import DARTS_CANDIDATES, DartsSpace, reduction_cells
 from fastnas.spaces.genotype import Genotype, load_genotype
+from fastnas.spaces.nasbench101 import Nasbench101Space
 from fastnas.spaces.nasbench201 import Nasbench201Space
 from fastnas.spaces.nasnet import NASNET_CANDIDATES, NasnetSpace
 from fastnas.spaces.published import PUBLISHED
 from fastnas.spaces.shufflenet import ShufflenetSpace
+from fastnas.spaces.strings import FreeStrings, Strings
 
-AnySpace = DartsSpace | ChoiceBlockSpace | Nasbench201Space | ShufflenetSpace
+AnySpace = DartsSpace | ChoiceBlockSpace | Nasbench101Space | Nasbench201Space | ShufflenetSpace
 AnyGenotype = Genotype | ArchitectureString
 
 SPACES: dict[str, type[AnySpace]] = {
     "darts": DartsSpace,
     "nasnet": NasnetSpace,
     "choice_blocks": ChoiceBlockSpace,
+    "nasbench101": Nasbench101Space,
     "nasbench201": Nasbench201Space,
     "shufflenet": ShufflenetSpace,
     "shufflenet_se": ShufflenetSpace,
@@ -30,11 +33,16 @@ def build_space(name: str, *, nodes: int, cells: int) -> AnySpace:
     """
     if name == ChoiceBlockSpace.name:
         return ChoiceBlockSpace(nodes)
-    if name == Nasbench201Space.name:
-        return Nasbench201Space()
+    if name in (Nasbench101Space.name, Nasbench201Space.name):
+        return SPACES[name]()
     if name.startswith(ShufflenetSpace.name):
         return ShufflenetSpace(cells, extras=name == "shufflenet_se")
     return SPACES[name](nodes=nodes)
+
+
+def strings_of(space: AnySpace) -> Strings:
+    """How to move through the strings of a space: all are valid, but in NAS-Bench-101."""
+    return space if isinstance(space, Nasbench101Space) else FreeStrings(space.choices)
 
 
 __all__ = [
@@ -49,10 +57,12 @@ __all__ = [
     "ChoiceBlockSpace",
     "DartsSpace",
     "Genotype",
+    "Nasbench101Space",
     "Nasbench201Space",
     "NasnetSpace",
     "ShufflenetSpace",
     "build_space",
     "load_genotype",
     "reduction_cells",
+    "strings_of",
 ]

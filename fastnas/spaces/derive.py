@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from fastnas.spaces.architecture import ArchitectureString
 from fastnas.spaces.darts import DartsSpace
-from fastnas.spaces.genotype import Genotype, Node
+from fastnas.spaces.genotype import Genotype, Node, live_edges
+from fastnas.spaces.nasbench201 import Nasbench201Space
 
 TOP2 = "top2"
 TOP2_EDGE_NORMALISED = "top2-edge-normalised"
 ALL_EDGES = "all-edges"
+ARGMAX = "argmax"
 SKIP = "skip_connect"
 
 
@@ -56,9 +60,37 @@ def derive_top2(
     return Genotype(nodes, cell(_edge_weighted(reduce, reduce_edges)), space.concat, space.concat, rule=rule)
 
 
+def derive_nasbench201(space: Nasbench201Space, weights: Tensor, *, max_skips: int | None = None) -> ArchitectureString:
+    """The best candidate of each edge, `none` among them; `weights`: softmax of alpha over the candidates, [6, 5].
+
+    `max_skips`: while there are more skip connections, the weakest of them gives way to its edge's next candidate.
+    """
+    weights = _edge_weighted(weights, None)
+    skip, rule = space.candidates.index(SKIP), ARGMAX
+    best = weights.argmax(-1)
+    if max_skips is not None:
+        rule += f", at most {max_skips} skips"
+        while int((best == skip).sum()) > max_skips:
+            weakest = int(weights[:, skip].masked_fill(best != skip, torch.inf).argmin())
+            weights[weakest, skip] = 0.0
+            best = weights.argmax(-1)
+    return space.decode(best.tolist(), rule=rule)
+
+
 def count_skips(nodes: Sequence[Node]) -> int:
     """Skip connections of a cell: many of them in a normal cell are the sign of a collapsed search."""
     return sum(name == SKIP for node in nodes for name, _ in node)
+
+
+def skips_and_edges(genotype: Genotype | ArchitectureString) -> dict[str, tuple[int, int]]:
+    """For each cell that may collapse, its skip connections and all its edges but `none`; empty in other spaces."""
+    if isinstance(genotype, Genotype):
+        cells = {"normal": genotype.normal, "reduce": genotype.reduce}
+        return {kind: (count_skips(nodes), sum(map(len, live_edges(nodes)))) for kind, nodes in cells.items()}
+    if genotype.space != Nasbench201Space.name:
+        return {}
+    names = [Nasbench201Space.candidates[index] for index in genotype.string]
+    return {"normal": (names.count(SKIP), len(names) - names.count("none"))}
 
 
 def _edge_weighted(weights: Tensor, edges: Tensor | None) -> Tensor:

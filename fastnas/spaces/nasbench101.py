@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import zipfile
 import zlib
@@ -38,6 +39,12 @@ class Nasbench101Space:
     @property
     def choices(self) -> tuple[int, ...]:
         return (2,) * len(PAIRS) + (len(NASBENCH101_CANDIDATES),) * (VERTICES - 2)
+
+    @property
+    def entropy(self) -> float:
+        """Of `random_string` in nats, but for the cells that are drawn again."""
+        operations = (VERTICES - 2) * math.log(len(NASBENCH101_CANDIDATES))
+        return math.log(math.comb(len(PAIRS), MAX_EDGES)) + operations
 
     def is_valid(self, string: Sequence[int]) -> bool:
         """At most nine edges, and one path at least connects input and output."""

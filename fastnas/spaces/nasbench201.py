@@ -47,6 +47,10 @@ class Nasbench201Space:
             raise UserError(f"genotype: {list(string)} is no cell of NAS-Bench-201: six numbers from 0 to 4")
         return ArchitectureString(self.name, tuple(string), (self.text(string),), rule)
 
+    def free_edges(self, normal: Sequence[int], reduce: Sequence[int] = (), *, rule: str = "") -> ArchitectureString:
+        """As `decode`, under the name that spaces with a reduction cell have for it."""
+        return self.decode(normal, rule=rule)
+
     def text(self, string: Sequence[int]) -> str:
         """The benchmark's text form."""
         pairs = [f"{self.candidates[i]}~{source}" for i, source in zip(string, self.sources, strict=True)]

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -5,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from fastnas.engine.training import batch_statistics
+from fastnas.errors import UserError
 from fastnas.methods import Parsec
 from fastnas.methods.parsec import ParsecSettings, SlotDistribution, importance_weights
-from fastnas.spaces import DartsSpace
+from fastnas.spaces import DartsSpace, Nasbench201Space
 
 
 def build(problem, **settings):
@@ -160,6 +162,23 @@ def test_memory_is_that_of_one_child(problem, batches):
     with hooks:
         method._weight_step(children, [0.25] * 4, batches[0])
     assert peak <= 1.05 * max(alone)
+
+
+def test_an_auxiliary_head_counts_in_the_training_of_the_weights_alone(problem, batches):
+    """Section 4.2: the tuned network has the auxiliary tower of the final one."""
+    plain, method = build(problem), build(problem, auxiliary_weight=0.4)
+    method.supernet.load_state_dict(plain.supernet.state_dict(), strict=False)
+    child = method.derive()
+    (x, y), search = batches
+    assert torch.equal(method._log_likelihoods([child], search), plain._log_likelihoods([child], search))
+    logits, auxiliary = method.supernet.forward_with_auxiliary(x, child)
+    expected = F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(auxiliary, y)
+    torch.testing.assert_close(method._training_loss(child, x, y)[1], expected)
+    method._weight_step([child], [1.0], batches[0])
+    assert all(parameter.grad is not None for parameter in method.supernet.auxiliary.parameters())
+    assert plain.supernet.auxiliary is None and plain.supernet.forward_with_auxiliary(x, child)[1] is None
+    with pytest.raises(UserError, match="nasbench201 has no auxiliary head"):
+        build(dataclasses.replace(problem, space=Nasbench201Space()), auxiliary_weight=0.4)
 
 
 def test_gradient_of_pi_against_enumeration():

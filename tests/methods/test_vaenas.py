@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fastnas.methods import VaenasGradient, VaenasOneShot
-from fastnas.methods.evolution import String
 from fastnas.methods.vaenas import VaenasGradientSettings, VaenasOneShotSettings
 from fastnas.spaces import NasnetSpace
+from fastnas.spaces.strings import String
 
 VAE = {"ranked": 6, "rank_batches": 1, "vae_iterations": 3, "vae_hidden": 8, "vae_latent": 2}
 EVOLUTION = {"generations": 1, "population": 4, "parents": 2, "crossovers": 0, "mutations": 0, "vae_seeds": 3}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastnas import lookup
 from fastnas.engine.networks import build_network
@@ -128,6 +129,15 @@ def test_the_real_201_table():
         network = build_network(genotype, channels=16, cells=15, classes=10)
         parameters = sum(p.numel() for p in network.parameters())
         assert parameters == table[genotype.notation()]["params_c10"]
+
+
+@pytest.mark.skipif(not REAL_101.is_file(), reason=f"needs {REAL_101} (set FASTNAS_TEST_DATA)")
+def test_a_101_cell_built_alone_has_the_parameters_of_the_real_table():
+    table, rng = Nasbench101Table.read(REAL_101), random.Random(1)
+    for genotype in (SPACE_101.random_genotype(rng) for _ in range(20)):
+        with torch.device("meta"):
+            network = build_network(genotype, channels=128, cells=9, classes=10)
+        assert sum(p.numel() for p in network.parameters()) == table.row(genotype.string)["parameters"]
 
 
 @pytest.mark.skipif(not REAL_101.is_file(), reason=f"needs {REAL_101} (set FASTNAS_TEST_DATA)")
