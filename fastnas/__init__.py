@@ -15,6 +15,7 @@ _HOME = {
     "depthwise_bank": "fastnas.ops.depthwise_bank",
     "drop_path": "fastnas.ops.path_dropout",
     "gumbel_softmax": "fastnas.ops.gumbel_softmax",
+    "load_network": "fastnas.trained",
     "mixed_sum": "fastnas.ops.mixed_sum",
     "norm_mixed_sum": "fastnas.ops.norm_mixed_sum",
     "partial_shuffle": "fastnas.ops.partial_shuffle",

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
+from fastnas.data import Data
 from fastnas.engine import networks
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastnas.engine.derived import DerivedNetwork
@@ -34,8 +35,7 @@ from fastnas.report.cells import draw_cells
 from fastnas.runs import RunFolder, default_run_path
 from fastnas.settings import CHANGEABLE_ON_RESUME, DataSettings, RuntimeSettings, load_data, prepare
 from fastnas.spaces import load_genotype
-
-CHECKPOINT_KIND = "retrain"
+from fastnas.trained import CHECKPOINT_KIND, NetworkCard, write_card
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def run_retrain(
         run = RunFolder.create(out or default_run_path("retrain", plan.data.data), plan.as_mapping())
         run.write_genotype(genotype)
         run.write_cells(draw_cells(genotype))
+        write_card(run.path, _card(settings, data))
         _save(run, -1, network, optimizer)
     else:
         run = RunFolder.open(resume)
@@ -187,15 +188,26 @@ def run_retrain(
 
     network.eval()
     figures = evaluate(network, data.test.batches(settings.batch_size))
-    without_auxiliary = replace(plan, retrain=replace(settings, auxiliary_weight=0.0))
-    counts = count(
-        build_network(without_auxiliary, data.num_classes, data.channels),
-        (data.channels, data.image_size, data.image_size),
-    )
+    card = _card(settings, data)
+    counts = count(card.build(), card.image)
     result = RetrainResult(figures["accuracy"], figures["loss"], counts.parameters, counts.multiply_adds, run)
     summary = {key: value for key, value in vars(result).items() if key != "run"}
     replace_file(run.path / "result.json", [(json.dumps(summary) + "\n").encode()])
     return result
+
+
+def _card(settings: RetrainSettings, data: Data) -> NetworkCard:
+    return NetworkCard(
+        load_genotype(settings.genotype),
+        settings.channels,
+        settings.cells,
+        settings.stem,
+        data.num_classes,
+        data.channels,
+        data.image_size,
+        data.mean,
+        data.std,
+    )
 
 
 def _save(run: RunFolder, epoch: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
