@@ -19,10 +19,12 @@ from fastnas.engine.derived import DerivedNetwork
 from fastnas.engine.training import evaluate
 from fastnas.errors import UserError
 from fastnas.profiler.counts import count
+from fastnas.progress import Progress
 from fastnas.retrain import CHECKPOINT_KIND, RetrainResult, build_network, resolve, run_retrain
 from fastnas.runs import RunFolder
 from fastnas.settings import load_data
 from fastnas.spaces import load_genotype
+from fastnas.trained import load_network
 
 STEPS, EPOCHS, TEST_SIZE = 3, 4, 12  # 60 images: 48 to train on, 12 held out
 FILES = {"config.toml", "metrics.jsonl", "timing.jsonl", "genotype.json", "cells.svg", "checkpoint.pt", "result.json"}
@@ -183,6 +185,55 @@ def test_each_regularisation_has_an_effect(setting, whole, images, tmp_path):
     assert any(name.startswith("auxiliary.") for name in network) == (setting != "auxiliary_weight")
 
 
+AVERAGED = {"ema": 0.9, "label_smoothing": 0.1, "schedule": "linear", "lr_warmup_epochs": 2, "precision": "bfloat16"}
+
+
+def test_the_averaged_weights_are_tested_loaded_and_resumed(whole, images, tmp_path, monkeypatch):
+    run = train(tmp_path / "whole", images, **AVERAGED)
+    state = load_checkpoint(run.run.checkpoint_path, method=CHECKPOINT_KIND)
+    assert not torch.equal(state["ema"]["classifier.weight"], state["network"]["classifier.weight"])
+    network = load_network(run.run.path)
+    assert torch.equal(network.classifier.weight, state["ema"]["classifier.weight"])
+    plan = resolve(SETTINGS | {"data": f"npz:{images}"})
+    data = load_data(plan.data, plan.runtime, torch.device("cpu"))
+    assert run.test_loss == pytest.approx(evaluate(network, data.test.batches(TEST_SIZE))["loss"], rel=1e-5)
+
+    end_epoch = Progress.end_epoch
+
+    def stop(self, record):
+        end_epoch(self, record)
+        if record["epoch"] == 1:
+            raise Stop
+
+    monkeypatch.setattr(Progress, "end_epoch", stop)
+    with pytest.raises(Stop):
+        train(tmp_path / "run", images, **AVERAGED)
+    monkeypatch.undo()
+    go_on(tmp_path / "run")
+    assert_same_run(tmp_path / "run", run.run.path)
+
+
+def test_each_part_of_the_recipe_has_an_effect(images, tmp_path):
+    changes = {"none": {}, "smoothing": {"label_smoothing": 0.2}, "linear": {"schedule": "linear"}}
+    changes |= {"warm-up": {"lr_warmup_epochs": 2}, "bf16": {"precision": "bfloat16"}}
+    runs = {
+        name: train(tmp_path / name, images, epochs=3, drop_path=0.0, **change).run.metrics()
+        for name, change in changes.items()
+    }
+    assert all(metrics != runs["none"] for name, metrics in runs.items() if name != "none")
+
+
+def test_fused_convolutions_change_rounding_only(whole, images, tmp_path):
+    run = train(tmp_path / "run", images, epochs=1, fused=False, channels_last=False).run
+    assert run.metrics()[0]["loss"] == pytest.approx(whole.run.metrics()[0]["loss"], rel=1e-3)
+
+
+def test_a_network_beyond_the_limit_is_refused(images, tmp_path):
+    with pytest.raises(UserError, match=r"has [\d,]+ multiply-adds an image, more than the 1,000 of"):
+        train(tmp_path / "run", images, max_multiply_adds=1e3)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number(images, tmp_path):
     with pytest.raises(UserError, match="no longer a number in epoch 1: start again with a smaller --lr"):
         train(tmp_path / "run", images, lr=1e38)
@@ -201,7 +252,9 @@ def test_the_command_prints_the_result(images, tmp_path, capsys):
     assert caught.value.code == 0
     result = json.loads((out / "result.json").read_text())
     assert capsys.readouterr().out == (
-        f"test accuracy  {result['test_accuracy']:.2%}\nparameters     {result['parameters']:,}\nrun            {out}\n"
+        f"test accuracy  {result['test_accuracy']:.2%}\nparameters     {result['parameters']:,}\n"
+        f"multiply-adds  {result['multiply_adds']:,} an image\nrun            {out}\n"
+        f"next           python -m fastnas.export {out}\n"
     )
 
 
