@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Backbone": "fastnas.engine.backbone",
     "backend": "fastnas._backends",
     "depthwise_bank": "fastnas.ops.depthwise_bank",
     "drop_path": "fastnas.ops.path_dropout",
