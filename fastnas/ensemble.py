@@ -48,7 +48,7 @@ def run_ensemble(
     config = RunFolder.open(run).config()
     if config.get("method") != "parsec":
         raise UserError(f"{run} is no PARSEC search, so it has no distribution to draw architectures from")
-    distribution = SlotDistribution(SPACES[config["space"]](nodes=config["nodes"]))
+    distribution = SlotDistribution(SPACES[config["space"]](config["nodes"]))
     distribution.load_run(run)
     seed = int(flags.get("seed", 0))
     choices = distribution.sample(members, torch.Generator().manual_seed(seed))

@@ -1,7 +1,7 @@
 """`python -m fastnas.export RUN`: a trained network as ONNX, as a torch.export program and as safetensors.
 
-As library calls: `export_run("runs/mine")`, or `export_onnx(network, (3, 32, 32), Path("network.onnx"))` and its like
-for any network of yours.
+As library calls: `export_network("runs/mine")`; for any network of yours `export_onnx(network, (3, 32, 32), path)` and
+its like.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def write_safetensors(network: nn.Module, path: Path, metadata: str = "") -> Non
 
 
 def read_safetensors(path: Path) -> nn.Module:
-    """The network of a file that `export_run` wrote, in evaluation mode.
+    """The network of a file that `export_network` wrote, in evaluation mode.
 
     Raises UserError when safetensors is not installed, and for a file that cannot be read or is of another origin.
     """
@@ -113,7 +113,9 @@ def read_safetensors(path: Path) -> nn.Module:
     return network.eval()
 
 
-def export_run(run: str | Path, out: Path | None = None, formats: Sequence[str] = FORMATS) -> dict[str, dict[str, Any]]:
+def export_network(
+    run: str | Path, out: Path | None = None, formats: Sequence[str] = FORMATS
+) -> dict[str, dict[str, Any]]:
     """Export the trained network of a run folder in some of FORMATS.
 
     Files go to `out`, by default the run folder: `network.onnx`, `network.pt2`, `network.safetensors`. Each
@@ -204,7 +206,7 @@ def main(argv: list[str]) -> None:
     card = read_card(arguments.run)
     counts = count(card.build(), card.image)
     size = "x".join(map(str, card.image))
-    results = export_run(arguments.run, arguments.out, chosen or FORMATS)
+    results = export_network(arguments.run, arguments.out, chosen or FORMATS)
     print(f"{'network':<13} {counts.parameters:,} parameters, {counts.multiply_adds:,} multiply-adds of a {size} image")
     for name, result in results.items():
         found = f"  largest difference from PyTorch {result['difference']:.1e}" if "difference" in result else ""

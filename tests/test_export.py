@@ -17,7 +17,7 @@ from fastnas import export
 from fastnas.engine.networks import build_network
 from fastnas.engine.training import recalibrate
 from fastnas.errors import UserError
-from fastnas.export import TOLERANCE, export_onnx, export_run, export_torch
+from fastnas.export import TOLERANCE, export_network, export_onnx, export_torch
 from fastnas.retrain import resolve, run_retrain
 from fastnas.settings import load_data
 from fastnas.spaces import (
@@ -137,7 +137,7 @@ def test_torch_hub_gives_it_too(run):
 
 def test_safetensors_hold_the_network_and_its_genotype(run, tmp_path):
     pytest.importorskip("safetensors")
-    export_run(run, tmp_path / "out", ["safetensors"])
+    export_network(run, tmp_path / "out", ["safetensors"])
     assert read_card(tmp_path / "out") == read_card(run)
     images = torch.randn(2, 1, 8, 8)
     assert torch.equal(load_network(tmp_path / "out" / "network.safetensors")(images), load_network(run)(images))
@@ -156,7 +156,7 @@ def test_the_command_exports_and_says_how_exact(run, tmp_path, capsys):
 def test_a_missing_package_is_named(package, format, run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=rf"{package} is needed .*: pip install fastnas\[export\]"):
-        export_run(run, tmp_path, [format])
+        export_network(run, tmp_path, [format])
 
 
 def test_a_folder_that_is_no_retraining(tmp_path):

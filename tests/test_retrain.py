@@ -228,6 +228,22 @@ def test_fused_convolutions_change_rounding_only(whole, images, tmp_path):
     assert run.metrics()[0]["loss"] == pytest.approx(whole.run.metrics()[0]["loss"], rel=1e-3)
 
 
+def test_a_genotype_is_transferred_to_a_folder_of_images(whole, tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="image files are read with Pillow")
+    for number in range(24):
+        name, shade = [("dark", 40), ("bright", 200)][number % 2]
+        path = tmp_path / "images" / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(shade - 40, shade + 40, (9 + number, 12, 3), dtype=np.uint8)
+        image.fromarray(pixels).save(path)
+    settings = SETTINGS | {"genotype": str(whole.run.path), "data": f"folder:{tmp_path / 'images'}", "image_size": 10}
+    result = run_retrain(
+        resolve(settings | {"epochs": 12, "batch_size": 8, "drop_path": 0.0}), tmp_path / "run", quiet=True
+    )
+    assert result.test_accuracy >= 0.75  # chance: 0.5
+    assert load_network(tmp_path / "run")(torch.randn(2, 3, 10, 10)).shape == (2, 2)
+
+
 def test_a_network_beyond_the_limit_is_refused(images, tmp_path):
     with pytest.raises(UserError, match=r"has [\d,]+ multiply-adds an image, more than the 1,000 of"):
         train(tmp_path / "run", images, max_multiply_adds=1e3)

@@ -28,19 +28,17 @@ _ALL: tuple[type[Method], ...] = (
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-_STRING_SPACES = (*CELL_SPACES, "nasbench201", "shufflenet", "shufflenet_se")
-_OTHER_SPACES = {
-    OneShot.name: ("choice_blocks",),
-    RandomSearch.name: tuple(SPACES),
-    Spos.name: _STRING_SPACES,
-    VaenasOneShot.name: _STRING_SPACES,
-    Darts.name: (*CELL_SPACES, "nasbench201"),
-}
+_STRING_SPACES = ("nasbench201", "shufflenet", "shufflenet_se")
+_FURTHER_SPACES = {Spos.name: _STRING_SPACES, VaenasOneShot.name: _STRING_SPACES, Darts.name: ("nasbench201",)}
 
 
 def spaces_of(method: str) -> tuple[str, ...]:
-    """Names of the spaces that a method searches."""
-    return _OTHER_SPACES.get(method, CELL_SPACES)
+    """Names of the spaces that a method searches, with those that have been registered."""
+    if method == OneShot.name:
+        return ("choice_blocks",)
+    if method == RandomSearch.name:
+        return tuple(SPACES)
+    return (*CELL_SPACES, *_FURTHER_SPACES.get(method, ()))
 
 
 __all__ = [
