@@ -29,6 +29,7 @@ if not __package__:
 
 import fastnas
 from bench.report import machine_line
+from bench.timing import ratio
 from fastnas.engine.derived import DerivedNetwork
 from fastnas.engine.retraining import Arithmetic
 from fastnas.engine.training import settled_heap
@@ -82,25 +83,33 @@ def build_step(row: str, genotype: str, batch: int, device: torch.device) -> Cal
 
 
 def measure(rows: Sequence[str], genotype: str, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of each row, and how many times longer than ours each takes, the median over the rounds."""
+    """Milliseconds of each row, and how many times longer than ours each takes, the median over the rounds.
+
+    `cpu_ms` and `cpu_over_fused` are of the CPU time of all threads: with one thread the same on a quiet machine, and
+    of use on a busy one.
+    """
     steps = {row: build_step(row, genotype, batch, device) for row in rows}
     times: dict[str, list[float]] = {row: [] for row in rows}
+    cpu_times: dict[str, list[float]] = {row: [] for row in rows}
     with settled_heap():
         for number in range(1 + rounds):
             for row, step in steps.items():
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 step()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 times[row].append(1000 * (time.perf_counter() - start))
+                cpu_times[row].append(1000 * (time.process_time() - cpu_start))
                 if not number:
                     print(f"{genotype} {row}: first step {times[row][0] / 1000:.1f} s", file=sys.stderr)
     results: dict[str, Any] = {}
     for row, (first, *rest) in times.items():
+        cpu = cpu_times[row][1:]
         results[row] = {"ms": statistics.median(rest), "ms_min": min(rest), "ms_max": max(rest), "first_ms": first}
+        results[row]["cpu_ms"] = statistics.median(cpu)
         if OURS in times:
-            ratios = [theirs / ours for theirs, ours in zip(rest, times[OURS][1:], strict=True)]
-            results[row]["over_fused"] = statistics.median(ratios)
+            results[row]["over_fused"] = ratio(rest, times[OURS][1:])
+            results[row]["cpu_over_fused"] = ratio(cpu, cpu_times[OURS][1:])
     return results
 
 

@@ -9,6 +9,7 @@ Needs torchvision. The pictures are made here: one to three discs, squares and t
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[float], float]:
     parser.add_argument("--size", type=int, default=96, help="side of the pictures in pixels [96]")
     parser.add_argument("--channels", type=int, default=16, help="of the network, when it is a genotype [16]")
     parser.add_argument("--cells", type=int, default=5, help="of the network, when it is a genotype [5]")
-    parser.add_argument("--out", type=Path, default=Path("ssd_shapes.png"))
+    parser.add_argument("--out", type=Path, default=Path("ssd_shapes.png"), help="picture with boxes [%(default)s]")
+    parser.add_argument("--json", type=Path, help="also write the losses of all steps and the share that was found")
     given = parser.parse_args(arguments)
 
     torch.manual_seed(0)
@@ -135,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[list[float], float]:
     pictures, targets = draw_pictures(48, given.size, seed=10**6)
     share = recall(detector, pictures, targets)
     save_picture(given.out, detector, pictures[:8])
+    if given.json:
+        given.json.write_text(json.dumps({"losses": [round(loss, 4) for loss in losses], "found": share}) + "\n")
     print(f"found {share:.0%} of the shapes in new pictures; boxes drawn in {given.out}")
     return losses, share
 

@@ -20,7 +20,7 @@ def test_every_row_is_measured_and_ours_is_fused(monkeypatch, tmp_path) -> None:
     found = report["rows"]["DARTS_V1"]
     assert list(found) == rows and report["machine"] and report["batch"] == 2
     assert all(row["ms_min"] <= row["ms"] <= row["ms_max"] and row["first_ms"] > 0 for row in found.values())
-    assert found["fused"]["over_fused"] == 1.0
+    assert found["fused"]["over_fused"] == found["fused"]["cpu_over_fused"] == 1.0
 
 
 def test_the_baseline_runs_no_op_of_ours(monkeypatch) -> None:
