@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastnas import _backends
 from fastnas.engine.fused_conv import fuse_convolutions
 from fastnas.engine.training import cosine
 
@@ -40,11 +41,13 @@ class Arithmetic:
     def choose(
         cls, device: torch.device, *, fused: bool | None, channels_last: bool | None, precision: str
     ) -> Arithmetic:
-        """None stands for what has measured faster: both on the CPU (bench/results/retrain_step.json)."""
+        """None stands for what has measured faster: both on the CPU, `fused` with the compiled kernels
+        (bench/results/retrain_step.json)."""
         on_cpu = device.type == "cpu"
+        compiled = on_cpu and _backends.choose("conv_stage", "cpu") == "native"
         return cls(
             device,
-            on_cpu if fused is None else fused,
+            compiled if fused is None else fused,
             on_cpu if channels_last is None else channels_last,
             precision,
         )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastnas import _backends
 from fastnas.engine.fused_conv import fuse_convolutions
 from fastnas.engine.retraining import Arithmetic, WeightAverage, learning_rate
 from fastnas.nn import SepConv
@@ -23,7 +24,10 @@ def test_rates():
 
 
 def test_what_measured_faster_is_the_default():
-    assert Arithmetic.choose(CPU, **CHOICE) == Arithmetic(CPU, True, True, "float32")
+    compiled = _backends.choose("conv_stage", "cpu") == "native"
+    assert Arithmetic.choose(CPU, **CHOICE) == Arithmetic(CPU, compiled, True, "float32")
+    with _backends.backend("reference"):
+        assert Arithmetic.choose(CPU, **CHOICE) == Arithmetic(CPU, False, True, "float32")
     assert Arithmetic.choose(CUDA, **CHOICE) == Arithmetic(CUDA, False, False, "float32")
     assert not Arithmetic.choose(CPU, **CHOICE | {"fused": False}).fused
 
