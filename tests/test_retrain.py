@@ -23,7 +23,7 @@ from fastnas.progress import Progress
 from fastnas.retrain import CHECKPOINT_KIND, RetrainResult, build_network, resolve, run_retrain
 from fastnas.runs import RunFolder
 from fastnas.settings import load_data
-from fastnas.spaces import load_genotype
+from fastnas.spaces import ChoiceBlockSpace, DartsSpace, Nasbench201Space, ShufflenetSpace, load_genotype
 from fastnas.trained import load_network
 
 STEPS, EPOCHS, TEST_SIZE = 3, 4, 12  # 60 images: 48 to train on, 12 held out
@@ -226,6 +226,24 @@ def test_each_part_of_the_recipe_has_an_effect(images, tmp_path):
 def test_fused_convolutions_change_rounding_only(whole, images, tmp_path):
     run = train(tmp_path / "run", images, epochs=1, fused=False, channels_last=False).run
     assert run.metrics()[0]["loss"] == pytest.approx(whole.run.metrics()[0]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "genotype",
+    [
+        DartsSpace(nodes=2).free_edges([0, 4, 3, 0, 6], [5, 0, 0, 1, 0], rule="all-edges"),
+        ChoiceBlockSpace(2).decode([2, 3, 4, 20]),
+        ShufflenetSpace(4).decode([0, 1, 2, 3]),
+        Nasbench201Space().decode([3, 1, 4, 2, 0, 3]),
+    ],
+    ids=["free edges", "choice blocks", "chain", "NAS-Bench-201"],
+)
+def test_networks_of_every_space_are_trained_and_loaded(genotype, images, tmp_path):
+    (tmp_path / "genotype.json").write_text(genotype.to_json())
+    result = train(tmp_path / "run", images, genotype=str(tmp_path / "genotype.json"), epochs=1)
+    network = load_network(result.run.path)
+    assert network(torch.randn(2, 1, 8, 8)).shape == (2, 3)
+    assert sum(parameter.numel() for parameter in network.parameters()) == result.parameters
 
 
 def test_a_genotype_is_transferred_to_a_folder_of_images(whole, tmp_path):

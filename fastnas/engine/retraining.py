@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastnas import _backends
 from fastnas.engine.fused_conv import fuse_convolutions
 from fastnas.engine.training import cosine
+from fastnas.errors import UserError
 
 SCHEDULES = ("cosine", "linear")
 PRECISIONS = ("float32", "bfloat16")
@@ -42,7 +43,9 @@ class Arithmetic:
         cls, device: torch.device, *, fused: bool | None, channels_last: bool | None, precision: str
     ) -> Arithmetic:
         """None stands for what has measured faster: both on the CPU, `fused` with the compiled kernels
-        (bench/results/retrain_step.json)."""
+        (bench/results/retrain_step.json). Raises UserError for bfloat16 on a GPU without it."""
+        if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise UserError("this GPU does not compute in bfloat16: leave --precision at float32")
         on_cpu = device.type == "cpu"
         compiled = on_cpu and _backends.choose("conv_stage", "cpu") == "native"
         return cls(

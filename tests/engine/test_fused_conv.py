@@ -82,3 +82,14 @@ def test_autocast_and_large_kernels_run_the_modules(monkeypatch):
     assert large(torch.randn(2, 4, 9, 9)).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert small(torch.randn(2, 4, 9, 9)).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODULES)
+def test_on_a_gpu_float32_is_as_close_as_the_modules(name):
+    plain = MODULES[name]().cuda()
+    fused, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    fuse_convolutions(fused)
+    x = torch.randn(3, 6, 7, 8, device="cuda").contiguous(memory_format=torch.channels_last)
+    for found, wanted in zip(gradients(fused, x), gradients(exact, x.double()), strict=True):
+        torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ from torch import nn
 from fastnas import _backends
 from fastnas.engine.fused_conv import fuse_convolutions
 from fastnas.engine.retraining import Arithmetic, WeightAverage, learning_rate
+from fastnas.errors import UserError
 from fastnas.nn import SepConv
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -30,6 +31,12 @@ def test_what_measured_faster_is_the_default():
         assert Arithmetic.choose(CPU, **CHOICE) == Arithmetic(CPU, False, True, "float32")
     assert Arithmetic.choose(CUDA, **CHOICE) == Arithmetic(CUDA, False, False, "float32")
     assert not Arithmetic.choose(CPU, **CHOICE | {"fused": False}).fused
+
+
+def test_a_gpu_without_bfloat16_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(UserError, match="leave --precision at float32"):
+        Arithmetic.choose(CUDA, **CHOICE | {"precision": "bfloat16"})
 
 
 @pytest.mark.parametrize(("fused", "precision"), [(True, "float32"), (False, "float32"), (True, "bfloat16")])
