@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.errors import UserError
-from fastnas.profiler.counts import count
 from fastnas.trained import NetworkCard, load_network, read_card
 
 TOLERANCE = 1e-4  # largest difference of a logit from PyTorch's
@@ -204,7 +203,7 @@ def main(argv: list[str]) -> None:
     arguments = build_parser().parse_args(argv)
     chosen = [name for name in FORMATS if getattr(arguments, name.replace("-", "_"))]
     card = read_card(arguments.run)
-    counts = count(card.build(), card.image)
+    counts = card.counts()
     size = "x".join(map(str, card.image))
     results = export_network(arguments.run, arguments.out, chosen or FORMATS)
     print(f"{'network':<13} {counts.parameters:,} parameters, {counts.multiply_adds:,} multiply-adds of a {size} image")

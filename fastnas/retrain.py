@@ -31,7 +31,7 @@ from fastnas.engine.retraining import PRECISIONS, SCHEDULES, Arithmetic, WeightA
 from fastnas.engine.stems import STEMS
 from fastnas.engine.training import Means, accuracy, evaluate, set_learning_rate
 from fastnas.errors import UserError
-from fastnas.profiler.counts import Counts, count
+from fastnas.profiler.counts import Counts
 from fastnas.progress import Progress
 from fastnas.report.cells import draw_cells
 from fastnas.runs import RunFolder, default_run_path
@@ -136,7 +136,7 @@ def run_retrain(
     device = prepare(plan.runtime)
     data = load_data(plan.data, plan.runtime, device)
     card = _card(settings, data)
-    counts = count(card.build(), card.image)
+    counts = card.counts()
     _check_size(settings, counts)
     arithmetic = Arithmetic.choose(
         device, fused=settings.fused, channels_last=settings.channels_last, precision=settings.precision

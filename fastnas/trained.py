@@ -6,12 +6,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from fastnas._files import replace_file
 from fastnas.engine.checkpoint import load_checkpoint
 from fastnas.engine.networks import build_network
 from fastnas.errors import UserError
+from fastnas.profiler.counts import Counts, count
 from fastnas.spaces import AnyGenotype
 from fastnas.spaces.genotype import parse_genotype
 
@@ -52,6 +54,11 @@ class NetworkCard:
             in_channels=self.in_channels,
             stem=self.stem,
         )
+
+    def counts(self) -> Counts:
+        """Parameters and multiply-adds for one image; nothing is computed and no random number drawn."""
+        with torch.device("meta"):
+            return count(self.build(), self.image)
 
     def to_json(self) -> str:
         plain = {name: value for name, value in vars(self).items() if name != "genotype"}

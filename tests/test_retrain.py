@@ -112,6 +112,17 @@ def test_the_size_is_that_of_the_network_without_its_auxiliary_head(whole):
     assert (whole.parameters, whole.multiply_adds) == (counts.parameters, counts.multiply_adds)
 
 
+def test_the_first_weights_are_those_of_the_seed(images, tmp_path, monkeypatch):
+    """Whatever else is built or counted before them."""
+    monkeypatch.setattr(Progress, "start_epoch", lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        train(tmp_path / "run", images, seed=5)
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt", method=CHECKPOINT_KIND)["network"]
+    torch.manual_seed(5)
+    network = build_network(resolve(SETTINGS | {"data": f"npz:{images}"}), 3, 1)
+    assert torch.equal(state["classifier.weight"], network.classifier.weight)
+
+
 def test_the_test_set_is_read_once_and_last(images, tmp_path, monkeypatch):
     read: list[tuple[str, int]] = []
     fetch = fastnas.data.Split.fetch
