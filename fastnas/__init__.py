@@ -11,16 +11,23 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Backbone": "fastnas.engine.backbone",
     "backend": "fastnas._backends",
     "depthwise_bank": "fastnas.ops.depthwise_bank",
     "drop_path": "fastnas.ops.path_dropout",
+    "export_network": "fastnas.export",
     "gumbel_softmax": "fastnas.ops.gumbel_softmax",
+    "load_network": "fastnas.trained",
     "mixed_sum": "fastnas.ops.mixed_sum",
     "norm_mixed_sum": "fastnas.ops.norm_mixed_sum",
     "partial_shuffle": "fastnas.ops.partial_shuffle",
     "path_dropout": "fastnas.ops.path_dropout",
+    "register_candidate": "fastnas.nn",
+    "register_space": "fastnas.spaces",
+    "retrain_network": "fastnas.api",
     "sample_channels": "fastnas.ops.partial_shuffle",
     "sample_path_mask": "fastnas.ops.path_dropout",
+    "search_network": "fastnas.api",
 }
 
 __all__ = ["__version__", *_HOME]

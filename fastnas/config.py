@@ -25,7 +25,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[Any] | None = None,
+    choices: Collection[Any] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,

@@ -18,14 +18,14 @@ import torch
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.config import add_flags, given
-from fastnas.engine.checkpoint import load_checkpoint
 from fastnas.engine.training import evaluate
 from fastnas.errors import UserError
 from fastnas.methods.parsec import SlotDistribution
-from fastnas.retrain import CHECKPOINT_KIND, RetrainSettings, build_network, resolve, run_retrain
+from fastnas.retrain import RetrainSettings, resolve, run_retrain
 from fastnas.runs import RunFolder, default_run_path
 from fastnas.settings import DataSettings, RuntimeSettings, load_data, prepare
 from fastnas.spaces import build_space
+from fastnas.trained import load_network
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,7 @@ def run_ensemble(
 
     device = prepare(plans[0][0].runtime)
     data = load_data(plans[0][0].data, plans[0][0].runtime, device)
-    networks = []
-    for plan, folder in plans:
-        network = build_network(plan, data.num_classes, data.channels).to(device).eval()
-        network.load_state_dict(load_checkpoint(folder / "checkpoint.pt", method=CHECKPOINT_KIND)["network"])
-        networks.append(network)
+    networks = [load_network(folder).to(device) for _, folder in plans]
 
     def predict(x: torch.Tensor) -> torch.Tensor:
         return torch.stack([network(x).softmax(-1) for network in networks]).mean(0).log()

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +18,7 @@ from fastnas.cli import ArgumentParser, run_command
 from fastnas.engine.networks import build_network
 from fastnas.engine.stems import STEMS
 from fastnas.errors import UserError
+from fastnas.latency import measure_latency
 from fastnas.profiler.counts import count
 from fastnas.runs import versions
 from fastnas.spaces import load_genotype
@@ -63,6 +66,25 @@ def describe_network(
     }
 
 
+def describe_latency(facts: dict[str, Any], in_channels: int, batch_sizes: Sequence[int]) -> dict[str, Any]:
+    """Milliseconds of each batch, for the network of `describe_network` with random weights on the device at hand.
+
+    A GPU is taken where there is one. Keys: `device`, `threads` of the CPU, and `latency`, one entry a batch size.
+    """
+    on_gpu = torch.cuda.is_available()
+    keys = ("channels", "cells", "classes", "stem")
+    network = build_network(
+        load_genotype(facts["genotype"]), in_channels=in_channels, **{key: facts[key] for key in keys}
+    )
+    image = (in_channels, facts["image_size"], facts["image_size"])
+    results = measure_latency(network, image, batch_sizes, device="cuda" if on_gpu else "cpu")
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "latency": [asdict(result) for result in results],
+    }
+
+
 def describe_installation() -> str:
     """Versions, devices, built parts, and the backend that serves each op, as text."""
     lines = [f"{name:<12}{version}" for name, version in versions().items()]
@@ -102,7 +124,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m fastnas.info",
         description="Print versions, devices, built parts and which backend serves each op. With --genotype: the "
-        "parameters and multiply-adds of that derived network, as one JSON line.",
+        "parameters and multiply-adds of that derived network for one image of --image-size, with the convention, "
+        "as one JSON line.",
     )
     parser.add_argument("--genotype", help="published name, file or run folder")
     parser.add_argument("--channels", type=int, default=36, help="channels of the first cells' nodes [36]")
@@ -110,6 +133,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--image-size", type=int, default=32, help="side of the images in pixels [32]")
     parser.add_argument("--classes", type=int, default=10, help="classes [10]")
     parser.add_argument("--in-channels", type=int, default=3, help="channels of the images [3]")
+    parser.add_argument(
+        "--latency",
+        metavar="BATCHES",
+        help="with --genotype: also time it on the device at hand; batch sizes, as in 1,32",
+    )
     parser.add_argument("--stem", choices=STEMS, help=f"[imagenet for images of at least {IMAGENET_SIZE}, else cifar]")
     return parser
 
@@ -122,8 +150,18 @@ def main(argv: list[str]) -> None:
     for name in ("cells", "image_size", "classes", "in_channels"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
-    given = {key: value for key, value in vars(arguments).items() if key not in ("genotype", "debug")}
-    print(json.dumps(describe_network(arguments.genotype, **given)))
+    given = {key: value for key, value in vars(arguments).items() if key not in ("genotype", "debug", "latency")}
+    facts = describe_network(arguments.genotype, **given)
+    if arguments.latency is not None:
+        facts |= describe_latency(facts, arguments.in_channels, _batch_sizes(arguments.latency))
+    print(json.dumps(facts))
+
+
+def _batch_sizes(text: str) -> list[int]:
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        raise UserError(f"latency takes batch sizes with commas between them, such as 1,32, got {text!r}")
+    return [int(size) for size in sizes]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,21 @@ from torch import nn
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
+from fastnas.data import Data
 from fastnas.engine import networks
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastnas.engine.derived import DerivedNetwork
+from fastnas.engine.retraining import PRECISIONS, SCHEDULES, Arithmetic, WeightAverage, learning_rate
 from fastnas.engine.stems import STEMS
-from fastnas.engine.training import Means, accuracy, cosine, evaluate, set_learning_rate
+from fastnas.engine.training import Means, accuracy, evaluate, set_learning_rate
 from fastnas.errors import UserError
-from fastnas.profiler.counts import count
+from fastnas.profiler.counts import Counts
 from fastnas.progress import Progress
 from fastnas.report.cells import draw_cells
 from fastnas.runs import RunFolder, default_run_path
 from fastnas.settings import CHANGEABLE_ON_RESUME, DataSettings, RuntimeSettings, load_data, prepare
 from fastnas.spaces import load_genotype
-
-CHECKPOINT_KIND = "retrain"
+from fastnas.trained import CHECKPOINT_KIND, NetworkCard, write_card
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,21 @@ class RetrainSettings:
     lr_min: float = option(0.0, "learning rate that the cosine schedule ends at", minimum=0)
     momentum: float = option(0.9, "momentum of SGD", minimum=0, maximum=1)
     weight_decay: float = option(3e-4, "L2 penalty of the weights", minimum=0)
+    schedule: str = option("cosine", "how the learning rate falls", choices=SCHEDULES)
+    lr_warmup_epochs: int = option(0, "epochs in which the rate rises linearly before that", minimum=0)
     grad_clip: float = option(5.0, "largest norm of the gradient", above=0)
+    label_smoothing: float = option(0.0, "share of the label spread over all classes", minimum=0, maximum=0.99)
+    ema: float = option(0.0, "decay of the averaged weights that are tested; 0 keeps none", minimum=0, maximum=0.99999)
     auxiliary_weight: float = option(0.4, "weight of the auxiliary head's loss; 0 leaves the head out", minimum=0)
     drop_path: float = option(0.2, "rate of drop path at the end; it rises linearly from 0", minimum=0, maximum=0.99)
+    max_multiply_adds: float | None = option(
+        None, "refuse a network with more, counted on one image of the data; none sets no limit", above=0
+    )
+    precision: str = option("float32", "what passes are computed in; weights stay float32", choices=PRECISIONS)
+    fused: bool | None = option(
+        None, "train ReLU, convolution and normalisation as one step, in float32; none: on the CPU, where it is faster"
+    )
+    channels_last: bool | None = option(None, "layout of maps and weights; none: on the CPU, where it is faster")
 
 
 @dataclass(frozen=True)
@@ -121,7 +135,14 @@ def run_retrain(
     genotype = load_genotype(settings.genotype)
     device = prepare(plan.runtime)
     data = load_data(plan.data, plan.runtime, device)
-    network = build_network(plan, data.num_classes, data.channels).to(device)
+    card = _card(settings, data)
+    counts = card.counts()
+    _check_size(settings, counts)
+    arithmetic = Arithmetic.choose(
+        device, fused=settings.fused, channels_last=settings.channels_last, precision=settings.precision
+    )
+    network = arithmetic.prepare(build_network(plan, data.num_classes, data.channels))
+    average = WeightAverage(network, settings.ema) if settings.ema else None
     optimizer = torch.optim.SGD(
         network.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
     )
@@ -132,13 +153,16 @@ def run_retrain(
         run = RunFolder.create(out or default_run_path("retrain", plan.data.data), plan.as_mapping())
         run.write_genotype(genotype)
         run.write_cells(draw_cells(genotype))
-        _save(run, -1, network, optimizer)
+        write_card(run.path, card)
+        _save(run, -1, network, optimizer, average)
     else:
         run = RunFolder.open(resume)
         state = load_checkpoint(run.checkpoint_path, method=CHECKPOINT_KIND)
         try:
             network.load_state_dict(state["network"])
             optimizer.load_state_dict(state["optimizer"])
+            if average is not None:
+                average.load(state["ema"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"the checkpoint of {run.path} does not fit the settings in its config.toml: "
@@ -147,6 +171,7 @@ def run_retrain(
         first_epoch = state["epoch"] + 1
         run.truncate(first_epoch - 1)
 
+    cross_entropy = partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
     steps = len(stream)
     batches = stream.from_step(first_epoch * steps)
     with Progress(settings.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress:
@@ -155,23 +180,35 @@ def run_retrain(
             progress.start_epoch(epoch)
             # Drop path draws from PyTorch's generator: seeded by the epoch, so that resuming needs no state of it.
             torch.manual_seed((plan.runtime.seed * 1_000_003 + epoch) % 2**63)
-            set_learning_rate(optimizer, cosine(epoch, settings.epochs, settings.lr, settings.lr_min))
+            rate = learning_rate(
+                epoch,
+                settings.epochs,
+                settings.lr,
+                settings.lr_min,
+                schedule=settings.schedule,
+                warmup=settings.lr_warmup_epochs,
+            )
+            set_learning_rate(optimizer, rate)
             network.train()
             of_cells = isinstance(network, DerivedNetwork)
             if of_cells:
                 network.set_drop_path(settings.drop_path * epoch / settings.epochs)
             means = Means()
-            for _ in range(steps):
+            for step in range(epoch * steps, (epoch + 1) * steps):
                 x, y = next(batches)
-                logits, auxiliary_logits = network.forward_with_auxiliary(x) if of_cells else (network(x), None)
-                loss = F.cross_entropy(logits, y)
+                x = arithmetic.images(x)
+                with arithmetic.autocast():
+                    logits, auxiliary_logits = network.forward_with_auxiliary(x) if of_cells else (network(x), None)
+                loss = cross_entropy(logits.float(), y)
                 figures = {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
                 if auxiliary_logits is not None:
-                    loss = loss + settings.auxiliary_weight * F.cross_entropy(auxiliary_logits, y)
+                    loss = loss + settings.auxiliary_weight * cross_entropy(auxiliary_logits.float(), y)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
                 optimizer.step()
+                if average is not None:
+                    average.update(network, step)
                 means.add(figures)
                 progress.step(figures)
             record = {"epoch": epoch, **means.read()}
@@ -182,25 +219,53 @@ def run_retrain(
                 )
             run.append_metrics(record)
             run.append_timing({"epoch": epoch, "train_s": time.perf_counter() - started})
-            _save(run, epoch, network, optimizer)
+            _save(run, epoch, network, optimizer, average)
             progress.end_epoch(record)
 
+    if average is not None:
+        network.load_state_dict(average.state)
     network.eval()
     figures = evaluate(network, data.test.batches(settings.batch_size))
-    without_auxiliary = replace(plan, retrain=replace(settings, auxiliary_weight=0.0))
-    counts = count(
-        build_network(without_auxiliary, data.num_classes, data.channels),
-        (data.channels, data.image_size, data.image_size),
-    )
     result = RetrainResult(figures["accuracy"], figures["loss"], counts.parameters, counts.multiply_adds, run)
     summary = {key: value for key, value in vars(result).items() if key != "run"}
     replace_file(run.path / "result.json", [(json.dumps(summary) + "\n").encode()])
     return result
 
 
-def _save(run: RunFolder, epoch: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _card(settings: RetrainSettings, data: Data) -> NetworkCard:
+    return NetworkCard(
+        load_genotype(settings.genotype),
+        settings.channels,
+        settings.cells,
+        settings.stem,
+        data.num_classes,
+        data.channels,
+        data.image_size,
+        data.mean,
+        data.std,
+    )
+
+
+def _check_size(settings: RetrainSettings, counts: Counts) -> None:
+    limit = settings.max_multiply_adds
+    if limit is not None and counts.multiply_adds > limit:
+        raise UserError(
+            f"the network has {counts.multiply_adds:,} multiply-adds an image, more than the {limit:,.0f} of "
+            "--max-multiply-adds: give fewer --channels or --cells, smaller images, or another limit"
+        )
+
+
+def _save(
+    run: RunFolder,
+    epoch: int,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+) -> None:
     """Checkpoint after `epoch`; -1 is before the first one."""
     state = {"epoch": epoch, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    if average is not None:
+        state["ema"] = average.state
     save_checkpoint(run.checkpoint_path, state, method=CHECKPOINT_KIND)
 
 
@@ -248,7 +313,10 @@ def main(argv: list[str]) -> int:
         print(f"interrupted; go on with: python -m fastnas.retrain --resume {shlex.quote(str(out))}", file=sys.stderr)
         return 130
     print(f"test accuracy  {result.test_accuracy:.2%}\nparameters     {result.parameters:,}")
-    print(f"run            {result.run.path}")
+    print(f"multiply-adds  {result.multiply_adds:,} an image")
+    print(
+        f"run            {result.run.path}\nnext           python -m fastnas.export {shlex.quote(str(result.run.path))}"
+    )
     return 0
 
 

@@ -42,7 +42,7 @@ AUTO = "auto"
 @dataclass(frozen=True)
 class SearchSettings:
     method: str = option(DEFAULT_METHOD, "search method", choices=tuple(METHODS))
-    space: str = option("darts", "search space", choices=tuple(SPACES))
+    space: str = option("darts", "search space", choices=SPACES)  # as it is when a setting is checked
     search_fraction: float = option(
         0.5, "share of the training set that only the architecture learns from", above=0, maximum=0.9
     )

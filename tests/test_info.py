@@ -59,6 +59,17 @@ def test_the_stem_can_be_chosen():
     assert chosen["multiply_adds"] < describe_network("DARTS_V2", **size)["multiply_adds"]
 
 
+def test_latency_is_measured_for_each_batch_size(capsys):
+    size = "--channels 4 --cells 3 --image-size 8 --classes 3"
+    facts = json.loads(run(capsys, "--genotype", "DARTS_V2", *size.split(), "--latency", "1,4"))
+    assert [row["batch"] for row in facts["latency"]] == [1, 4] and facts["device"] and facts["threads"] >= 1
+    for row in facts["latency"]:
+        assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["runs"] >= 5
+    with pytest.raises(SystemExit):
+        info.run_command(info.main, ["--genotype", "DARTS_V2", "--latency", "1,x"])
+    assert "such as 1,32, got '1,x'" in capsys.readouterr().err
+
+
 def test_a_huge_network_takes_no_memory():
     facts = describe_network("DARTS_V2", channels=4096, cells=20, image_size=1024, classes=10)
     assert facts["parameters"] > 10**10

@@ -75,7 +75,12 @@ PAPERS: dict[str, dict[str, Any]] = {
     "retrain": {
         **{"epochs": 600, "batch_size": 96, "channels": 36, "cells": 20, "stem": "cifar", "cutout": 16},
         **{"lr": 0.025, "lr_min": 0.0, "momentum": 0.9, "weight_decay": 3e-4, "grad_clip": 5.0},
-        **{"auxiliary_weight": 0.4, "drop_path": 0.2},
+        **{"auxiliary_weight": 0.4, "drop_path": 0.2, "schedule": "cosine", "label_smoothing": 0.0},
+    },
+    "retrain-imagenet": {
+        **{"epochs": 250, "batch_size": 1024, "channels": 48, "cells": 14, "stem": "imagenet", "image_size": 224},
+        **{"lr": 0.5, "lr_min": 0.0, "schedule": "linear", "lr_warmup_epochs": 5, "momentum": 0.9},
+        **{"weight_decay": 3e-5, "label_smoothing": 0.1, "auxiliary_weight": 0.4, "max_multiply_adds": 600e6},
     },
 }
 SOURCES = {
@@ -114,6 +119,7 @@ def test_each_preset_says_what_it_is(preset):
     assert first.startswith("# ") and first.endswith(".")
     if preset in PAPERS:
         paper = next((paper for name, paper in SOURCES.items() if preset.startswith(name)), "DARTS")
+        paper = "Xu et al. 2020" if preset == "retrain-imagenet" else paper
         assert ("on ImageNet" if preset.endswith(("-imagenet", "-shufflenet")) else "on CIFAR-10") in first
         assert ("Liu et al. 2019" if preset == "retrain" else paper) in first
     else:
@@ -166,6 +172,7 @@ def test_a_search_takes_the_preset_of_its_method_and_data(flags, preset):
     [
         ({}, "retrain-digits"),
         ({"data": "cifar10"}, "retrain"),
+        ({"data": "imagenet"}, "retrain-imagenet"),
         ({"data": "npz:images.npz", "preset": "retrain-digits"}, "retrain-digits"),
     ],
 )

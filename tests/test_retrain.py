@@ -19,10 +19,12 @@ from fastnas.engine.derived import DerivedNetwork
 from fastnas.engine.training import evaluate
 from fastnas.errors import UserError
 from fastnas.profiler.counts import count
+from fastnas.progress import Progress
 from fastnas.retrain import CHECKPOINT_KIND, RetrainResult, build_network, resolve, run_retrain
 from fastnas.runs import RunFolder
 from fastnas.settings import load_data
-from fastnas.spaces import load_genotype
+from fastnas.spaces import ChoiceBlockSpace, DartsSpace, Nasbench201Space, ShufflenetSpace, load_genotype
+from fastnas.trained import load_network
 
 STEPS, EPOCHS, TEST_SIZE = 3, 4, 12  # 60 images: 48 to train on, 12 held out
 FILES = {"config.toml", "metrics.jsonl", "timing.jsonl", "genotype.json", "cells.svg", "checkpoint.pt", "result.json"}
@@ -110,6 +112,17 @@ def test_the_size_is_that_of_the_network_without_its_auxiliary_head(whole):
     assert (whole.parameters, whole.multiply_adds) == (counts.parameters, counts.multiply_adds)
 
 
+def test_the_first_weights_are_those_of_the_seed(images, tmp_path, monkeypatch):
+    """Whatever else is built or counted before them."""
+    monkeypatch.setattr(Progress, "start_epoch", lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        train(tmp_path / "run", images, seed=5)
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt", method=CHECKPOINT_KIND)["network"]
+    torch.manual_seed(5)
+    network = build_network(resolve(SETTINGS | {"data": f"npz:{images}"}), 3, 1)
+    assert torch.equal(state["classifier.weight"], network.classifier.weight)
+
+
 def test_the_test_set_is_read_once_and_last(images, tmp_path, monkeypatch):
     read: list[tuple[str, int]] = []
     fetch = fastnas.data.Split.fetch
@@ -183,6 +196,89 @@ def test_each_regularisation_has_an_effect(setting, whole, images, tmp_path):
     assert any(name.startswith("auxiliary.") for name in network) == (setting != "auxiliary_weight")
 
 
+AVERAGED = {"ema": 0.9, "label_smoothing": 0.1, "schedule": "linear", "lr_warmup_epochs": 2, "precision": "bfloat16"}
+
+
+def test_the_averaged_weights_are_tested_loaded_and_resumed(whole, images, tmp_path, monkeypatch):
+    run = train(tmp_path / "whole", images, **AVERAGED)
+    state = load_checkpoint(run.run.checkpoint_path, method=CHECKPOINT_KIND)
+    assert not torch.equal(state["ema"]["classifier.weight"], state["network"]["classifier.weight"])
+    network = load_network(run.run.path)
+    assert torch.equal(network.classifier.weight, state["ema"]["classifier.weight"])
+    plan = resolve(SETTINGS | {"data": f"npz:{images}"})
+    data = load_data(plan.data, plan.runtime, torch.device("cpu"))
+    assert run.test_loss == pytest.approx(evaluate(network, data.test.batches(TEST_SIZE))["loss"], rel=1e-5)
+
+    end_epoch = Progress.end_epoch
+
+    def stop(self, record):
+        end_epoch(self, record)
+        if record["epoch"] == 1:
+            raise Stop
+
+    monkeypatch.setattr(Progress, "end_epoch", stop)
+    with pytest.raises(Stop):
+        train(tmp_path / "run", images, **AVERAGED)
+    monkeypatch.undo()
+    go_on(tmp_path / "run")
+    assert_same_run(tmp_path / "run", run.run.path)
+
+
+def test_each_part_of_the_recipe_has_an_effect(images, tmp_path):
+    changes = {"none": {}, "smoothing": {"label_smoothing": 0.2}, "linear": {"schedule": "linear"}}
+    changes |= {"warm-up": {"lr_warmup_epochs": 2}, "bf16": {"precision": "bfloat16"}}
+    runs = {
+        name: train(tmp_path / name, images, epochs=3, drop_path=0.0, **change).run.metrics()
+        for name, change in changes.items()
+    }
+    assert all(metrics != runs["none"] for name, metrics in runs.items() if name != "none")
+
+
+def test_fused_convolutions_change_rounding_only(whole, images, tmp_path):
+    run = train(tmp_path / "run", images, epochs=1, fused=False, channels_last=False).run
+    assert run.metrics()[0]["loss"] == pytest.approx(whole.run.metrics()[0]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "genotype",
+    [
+        DartsSpace(nodes=2).free_edges([0, 4, 3, 0, 6], [5, 0, 0, 1, 0], rule="all-edges"),
+        ChoiceBlockSpace(2).decode([2, 3, 4, 20]),
+        ShufflenetSpace(4).decode([0, 1, 2, 3]),
+        Nasbench201Space().decode([3, 1, 4, 2, 0, 3]),
+    ],
+    ids=["free edges", "choice blocks", "chain", "NAS-Bench-201"],
+)
+def test_networks_of_every_space_are_trained_and_loaded(genotype, images, tmp_path):
+    (tmp_path / "genotype.json").write_text(genotype.to_json())
+    result = train(tmp_path / "run", images, genotype=str(tmp_path / "genotype.json"), epochs=1)
+    network = load_network(result.run.path)
+    assert network(torch.randn(2, 1, 8, 8)).shape == (2, 3)
+    assert sum(parameter.numel() for parameter in network.parameters()) == result.parameters
+
+
+def test_a_genotype_is_transferred_to_a_folder_of_images(whole, tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="image files are read with Pillow")
+    for number in range(24):
+        name, shade = [("dark", 40), ("bright", 200)][number % 2]
+        path = tmp_path / "images" / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(shade - 40, shade + 40, (9 + number, 12, 3), dtype=np.uint8)
+        image.fromarray(pixels).save(path)
+    settings = SETTINGS | {"genotype": str(whole.run.path), "data": f"folder:{tmp_path / 'images'}", "image_size": 10}
+    result = run_retrain(
+        resolve(settings | {"epochs": 12, "batch_size": 8, "drop_path": 0.0}), tmp_path / "run", quiet=True
+    )
+    assert result.test_accuracy >= 0.75  # chance: 0.5
+    assert load_network(tmp_path / "run")(torch.randn(2, 3, 10, 10)).shape == (2, 2)
+
+
+def test_a_network_beyond_the_limit_is_refused(images, tmp_path):
+    with pytest.raises(UserError, match=r"has [\d,]+ multiply-adds an image, more than the 1,000 of"):
+        train(tmp_path / "run", images, max_multiply_adds=1e3)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_no_number(images, tmp_path):
     with pytest.raises(UserError, match="no longer a number in epoch 1: start again with a smaller --lr"):
         train(tmp_path / "run", images, lr=1e38)
@@ -201,7 +297,9 @@ def test_the_command_prints_the_result(images, tmp_path, capsys):
     assert caught.value.code == 0
     result = json.loads((out / "result.json").read_text())
     assert capsys.readouterr().out == (
-        f"test accuracy  {result['test_accuracy']:.2%}\nparameters     {result['parameters']:,}\nrun            {out}\n"
+        f"test accuracy  {result['test_accuracy']:.2%}\nparameters     {result['parameters']:,}\n"
+        f"multiply-adds  {result['multiply_adds']:,} an image\nrun            {out}\n"
+        f"next           python -m fastnas.export {out}\n"
     )
 
 

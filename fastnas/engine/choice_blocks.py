@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -100,18 +101,18 @@ class PathMasks:
         )
 
 
-def _masked_sum(paths: Mapping[int, Callable[[], Tensor]], mask: Tensor, like: Callable[[], Tensor]) -> Tensor:
-    """Sum of the kept paths; those that no ghost batch keeps are not computed. `like`: zeros for none at all."""
-    kept = mask.any(0).tolist()
-    active = [index for index in paths if kept[index]]
+def _masked_sum(paths: Mapping[int, Callable[[], Tensor]], mask: Tensor | None, like: Callable[[], Tensor]) -> Tensor:
+    """Sum of the kept paths, of all without a mask; those that no ghost batch keeps are not computed.
+
+    `like`: zeros for none at all.
+    """
+    kept = None if mask is None else mask.any(0).tolist()
+    active = [index for index in paths if kept is None or kept[index]]
     if not active:
         return like()
     outputs = [paths[index]() for index in active]
-    if bool(mask[:, active].all()):
-        total = outputs[0]
-        for output in outputs[1:]:
-            total = total + output
-        return total
+    if mask is None or bool(mask[:, active].all()):
+        return reduce(operator.add, outputs)
     return path_dropout(outputs, mask[:, active].to(outputs[0].device))
 
 
@@ -135,7 +136,11 @@ class ChoiceBlock(nn.Module):
             {str(index): _operation(OPERATIONS[index], norm, channels) for index in operations}
         )
 
-    def forward(self, states: Sequence[Tensor], inputs: Tensor, operations: Tensor) -> Tensor:
+    def forward(
+        self, states: Sequence[Tensor], inputs: Tensor | None = None, operations: Tensor | None = None
+    ) -> Tensor:
+        """`inputs`, `operations`: the masks of `PathMasks`, or None for all that is built."""
+
         def nothing() -> Tensor:
             first = states[0]
             return first.new_zeros(len(first), self.channels, *first.shape[2:])
@@ -167,7 +172,7 @@ class ChoiceBlockNetwork(nn.Module):
         super().__init__()
         self.space, self.ghost = space, ghost
         norm: Norm = partial(GhostNorm, ghost=ghost) if only is None else nn.BatchNorm2d
-        self.only = None if only is None else PathMasks.of(space, only.string)
+        self.only = only
         built = [None] * space.blocks if only is None else list(space.cell(only.string))
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         widths = (channels, channels)
@@ -198,18 +203,19 @@ class ChoiceBlockNetwork(nn.Module):
             if isinstance(architecture, ArchitectureString)
             else architecture
         )
-        masks = masks or self.only
-        if masks is None:
+        if masks is None and self.only is None:
             raise UserError("a one-shot model needs an architecture or the masks of its paths")
-        groups = len(masks.inputs[0])
+        groups = 1 if masks is None else len(masks.inputs[0])
         if groups > 1 and len(x) != groups * self.ghost:
             raise ValueError(f"{groups} ghost batches of {self.ghost} images are not a batch of {len(x)}")
+        all_built = [None] * self.space.blocks
         s0 = s1 = x
         for index, cell in enumerate(self.cells):
             if index in self.reductions:
                 s0, s1 = (F.avg_pool2d(s, 2, ceil_mode=True) for s in (s0, s1))
             states = [s0, s1]
-            for block, inputs, operations in zip(cell, masks.inputs, masks.operations, strict=True):
+            of_blocks = (all_built, all_built) if masks is None else (masks.inputs, masks.operations)
+            for block, inputs, operations in zip(cell, *of_blocks, strict=True):
                 states.append(block(states, inputs, operations))
             s0, s1 = s1, torch.cat(states[2:], dim=1)
         return self.classifier(F.adaptive_avg_pool2d(F.relu(self.norm(s1)), 1).flatten(1))

@@ -151,6 +151,17 @@ class DerivedNetwork(nn.Module):
         """Logits of the network and of the auxiliary head, both [B, classes]; None without that head."""
         return self._run(x)
 
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The last map of each size, [B, C_i, H_i, W_i]: at strides 1, 2 and 4 with the CIFAR stem, at 8, 16 and 32
+        with that of ImageNet."""
+        maps = []
+        s0, s1 = self.stem(x)
+        for index, cell in enumerate(self.cells):
+            if index in reduction_cells(len(self.cells)):
+                maps.append(s1)
+            s0, s1 = s1, cell(s0, s1)
+        return [*maps, s1]
+
     def _run(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         auxiliary_logits = None
         s0, s1 = self.stem(x)

@@ -124,10 +124,17 @@ class ShufflenetNetwork(nn.Module):
 
     def forward(self, x: Tensor, architecture: ArchitectureString | None = None) -> Tensor:
         """x [B, in_channels, H, W]; only the layers' chosen blocks run."""
+        x = self.features(x, architecture)[-1]
+        return self.classifier(F.adaptive_avg_pool2d(self.last(x), 1).flatten(1))
+
+    def features(self, x: Tensor, architecture: ArchitectureString | None = None) -> list[Tensor]:
+        """The last map of each size: the stem's, then one a stage, each of half the size before it."""
         chosen = self.only if architecture is None else architecture.string
         if chosen is None:
             raise UserError("a supernet needs an architecture")
-        x = self.stem(x)
+        maps = [self.stem(x)]
         for layer, index in zip(self.layers, chosen, strict=True):
-            x = layer[str(index)](x)
-        return self.classifier(F.adaptive_avg_pool2d(self.last(x), 1).flatten(1))
+            block = layer[str(index)]
+            out = block(maps[-1])
+            maps = [*maps, out] if block.stride == 2 else [*maps[:-1], out]
+        return maps

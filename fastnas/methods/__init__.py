@@ -28,19 +28,17 @@ _ALL: tuple[type[Method], ...] = (
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _ALL}
 
-_EDGE_SPACES = (*CELL_SPACES, "nasbench201")  # each edge of a cell has one candidate
-_STRING_SPACES = (*_EDGE_SPACES, "nasbench101", "shufflenet", "shufflenet_se")
-_OTHER_SPACES = {
-    OneShot.name: ("choice_blocks",),
-    RandomSearch.name: tuple(SPACES),
-    Spos.name: _STRING_SPACES,
-    VaenasOneShot.name: _STRING_SPACES,
-}
+_FURTHER_STRINGS = ("nasbench101", "shufflenet", "shufflenet_se")
 
 
 def spaces_of(method: str) -> tuple[str, ...]:
-    """Names of the spaces that a method searches."""
-    return _OTHER_SPACES.get(method, _EDGE_SPACES)
+    """Names of the spaces that a method searches, with those that have been registered."""
+    if method == OneShot.name:
+        return ("choice_blocks",)
+    if method == RandomSearch.name:
+        return tuple(SPACES)
+    edges = (*CELL_SPACES, "nasbench201")  # each edge of a cell has one candidate
+    return (*edges, *_FURTHER_STRINGS) if method in (Spos.name, VaenasOneShot.name) else edges
 
 
 __all__ = [

@@ -1,4 +1,10 @@
-"""Search spaces as data: their architectures and the rules that derive them. `SPACES` maps names to classes."""
+"""Search spaces as data: their architectures and the rules that derive them.
+
+`SPACES` maps names to what builds them; `CELL_SPACES` names those of the DARTS kind, with normal and reduction cells
+and one candidate an edge. `register_space` adds to both.
+"""
+
+from collections.abc import Callable
 
 from fastnas.spaces.architecture import ArchitectureString
 from fastnas.spaces.choice_blocks import ChoiceBlockSpace
@@ -14,7 +20,7 @@ from fastnas.spaces.strings import FreeStrings, Strings
 AnySpace = DartsSpace | ChoiceBlockSpace | Nasbench101Space | Nasbench201Space | ShufflenetSpace
 AnyGenotype = Genotype | ArchitectureString
 
-SPACES: dict[str, type[AnySpace]] = {
+SPACES: dict[str, Callable[..., AnySpace]] = {
     "darts": DartsSpace,
     "nasnet": NasnetSpace,
     "choice_blocks": ChoiceBlockSpace,
@@ -23,7 +29,26 @@ SPACES: dict[str, type[AnySpace]] = {
     "shufflenet": ShufflenetSpace,
     "shufflenet_se": ShufflenetSpace,
 }
-CELL_SPACES = ("darts", "nasnet")  # normal and reduction cells with one candidate an edge
+CELL_SPACES = ["darts", "nasnet"]
+
+SpaceFactory = Callable[[int], DartsSpace]
+
+
+def register_space(name: str) -> Callable[[SpaceFactory], SpaceFactory]:
+    """Register a space of cells of your own under `name`, so that searches take it by that name.
+
+    The decorated factory takes `nodes`, the intermediate nodes of a cell, and returns a `DartsSpace` with candidates of
+    your choice, or an instance of your own subclass. Raises ValueError if the name is taken.
+    """
+
+    def register(factory: SpaceFactory) -> SpaceFactory:
+        if name in SPACES:
+            raise ValueError(f"space {name!r} is already registered; choose another name")
+        SPACES[name] = factory
+        CELL_SPACES.append(name)
+        return factory
+
+    return register
 
 
 def build_space(name: str, *, nodes: int, cells: int) -> AnySpace:
@@ -37,7 +62,7 @@ def build_space(name: str, *, nodes: int, cells: int) -> AnySpace:
         return SPACES[name]()
     if name.startswith(ShufflenetSpace.name):
         return ShufflenetSpace(cells, extras=name == "shufflenet_se")
-    return SPACES[name](nodes=nodes)
+    return SPACES[name](nodes)
 
 
 def strings_of(space: AnySpace) -> Strings:
@@ -64,5 +89,6 @@ __all__ = [
     "build_space",
     "load_genotype",
     "reduction_cells",
+    "register_space",
     "strings_of",
 ]

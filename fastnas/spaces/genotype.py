@@ -170,12 +170,13 @@ def load_genotype(source: str | Path) -> Genotype | ArchitectureString:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"genotype {path}: cannot be read ({_first_line(error)})") from None
     try:
-        return _from_json(text) if text.lstrip().startswith("{") else Genotype.from_darts(text)
+        return parse_genotype(text) if text.lstrip().startswith("{") else Genotype.from_darts(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _from_json(text: str) -> Genotype | ArchitectureString:
+def parse_genotype(text: str) -> Genotype | ArchitectureString:
+    """The genotype of either kind that is written as JSON. Raises UserError when it is none."""
     try:
         data = json.loads(_bounded(text))
     except (ValueError, RecursionError):

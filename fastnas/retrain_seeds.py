@@ -1,0 +1,90 @@
+"""`python -m fastnas.retrain_seeds --seeds N --genotype RUN`: retrain with several seeds; mean and standard deviation.
+
+Accuracies on CIFAR-10 vary with the seed of the weights, so papers report both; PARSEC over 5 seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastnas._files import replace_file
+from fastnas.cli import ArgumentParser, run_command
+from fastnas.config import add_flags, given
+from fastnas.errors import UserError
+from fastnas.retrain import Plan, RetrainSettings, resolve, run_retrain
+from fastnas.runs import RunFolder, default_run_path
+from fastnas.settings import DataSettings, RuntimeSettings
+
+
+@dataclass(frozen=True)
+class SeedsResult:
+    """Test accuracies by seed; `deviation` is that of a sample, over n - 1, and 0 for one seed."""
+
+    accuracies: dict[int, float]
+    path: Path
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.accuracies.values())
+
+    @property
+    def deviation(self) -> float:
+        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else 0.0
+
+
+def run_seeds(plan: Plan, seeds: int, out: Path, *, quiet: bool = False) -> SeedsResult:
+    """Retrain with the plan's seed and the `seeds` - 1 after it, each in `out`/seed-S; result.json has the summary.
+
+    Called again it goes on where it was stopped. Raises UserError when `out` has runs of other settings.
+    """
+    accuracies = {}
+    for seed in range(plan.runtime.seed, plan.runtime.seed + seeds):
+        one = replace(plan, runtime=replace(plan.runtime, seed=seed))
+        folder = out / f"seed-{seed}"
+        started = (folder / "checkpoint.pt").exists()
+        if started and resolve({}, RunFolder.open(folder).config()) != one:
+            raise UserError(f"{folder} holds a run of other settings: give another --out")
+        if not quiet:
+            print(f"seed {seed}")
+        accuracies[seed] = run_retrain(one, folder, resume=folder if started else None, quiet=quiet).test_accuracy
+    result = SeedsResult(accuracies, out)
+    summary = {"test_accuracies": accuracies, "mean": result.mean, "standard_deviation": result.deviation}
+    replace_file(out / "result.json", [(json.dumps(summary) + "\n").encode()])
+    return result
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m fastnas.retrain_seeds",
+        usage="%(prog)s --genotype GENOTYPE [--seeds N] [settings of python -m fastnas.retrain]",
+        description="Retrain a genotype with N seeds, one after the other, and report the mean and the standard "
+        "deviation of the test accuracy. The same command goes on where it was stopped.",
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings to run [3]")
+    parser.add_argument("--preset", help="settings of retraining, by name, or the path of a .toml file")
+    parser.add_argument("--out", type=Path, help="folder of the runs [runs/retrain-<data>-<time>]")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    add_flags(parser, RetrainSettings, DataSettings, RuntimeSettings)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    arguments = build_parser().parse_args(argv)
+    if arguments.seeds < 1:
+        raise UserError(f"seeds must be at least 1, got {arguments.seeds}")
+    flags = given(arguments, RetrainSettings, DataSettings, RuntimeSettings)
+    plan = resolve(flags | ({"preset": arguments.preset} if arguments.preset else {}))
+    out = arguments.out or default_run_path("retrain", plan.data.data)
+    result = run_seeds(plan, arguments.seeds, out, quiet=arguments.quiet)
+    for seed, accuracy in result.accuracies.items():
+        print(f"seed {seed}  test accuracy {accuracy:.2%}")
+    print(f"mean    {result.mean:.2%}, standard deviation {result.deviation:.2%}\nfolder  {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
