@@ -23,7 +23,15 @@ from fastnas.config import option
 from fastnas.engine.mixture import Alphas, Mixture
 from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
 from fastnas.errors import UserError
-from fastnas.methods.base import Figure, Problem, check_betas, train_weights, weight_optimizer, weight_rate
+from fastnas.methods.base import (
+    Figure,
+    Problem,
+    check_betas,
+    edge_figures,
+    train_weights,
+    weight_optimizer,
+    weight_rate,
+)
 from fastnas.spaces import AnyGenotype, ArchitectureString, Nasbench201Space
 from fastnas.spaces.derive import SKIP, count_skips, derive_top2
 
@@ -180,22 +188,17 @@ class Darts:
         figures: dict[str, Figure] = {}
         with torch.no_grad():
             mixture = self.mixture(EVALUATION)
-            entropies = [torch.special.entr(w).sum(-1) for w in (mixture.normal, mixture.reduce)]
             figures["search_accuracy"] = evaluate(lambda x: self.supernet(x, mixture), search)["accuracy"]
             if self.settings.partial == 1:
                 child = self.derive()
                 with batch_statistics(self.supernet):
                     figures["child_accuracy"] = evaluate(lambda x: self.supernet(x, child), search)["accuracy"]
-        figures["entropy"] = float(torch.cat(entropies).mean())
+        figures |= edge_figures(mixture.normal, mixture.reduce)
         uncapped = self._derive(mixture, None)
         if isinstance(uncapped, ArchitectureString):
             skips = uncapped.string.count(self.alphas.space.candidates.index(SKIP))
-            return figures | {"edge_entropy_normal": entropies[0].tolist(), "skips_normal": float(skips)}
+            return figures | {"skips_normal": float(skips)}
         return figures | {
-            "entropy_normal": float(entropies[0].mean()),
-            "entropy_reduce": float(entropies[1].mean()),
-            "edge_entropy_normal": entropies[0].tolist(),
-            "edge_entropy_reduce": entropies[1].tolist(),
             "skips_normal": float(count_skips(uncapped.normal)),
             "skips_reduce": float(count_skips(uncapped.reduce)),
         }

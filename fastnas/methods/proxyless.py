@@ -26,7 +26,15 @@ from torch import Tensor
 from fastnas.config import option
 from fastnas.engine.mixture import Alphas, Mixture
 from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
-from fastnas.methods.base import Figure, Problem, check_betas, train_weights, weight_optimizer, weight_rate
+from fastnas.methods.base import (
+    Figure,
+    Problem,
+    check_betas,
+    edge_figures,
+    train_weights,
+    weight_optimizer,
+    weight_rate,
+)
 from fastnas.spaces.derive import derive_all_edges
 from fastnas.spaces.genotype import Genotype
 
@@ -136,13 +144,8 @@ class Proxyless:
         self.supernet.eval()
         with batch_statistics(self.supernet), torch.no_grad():
             figures = evaluate(lambda x: self.supernet(x, path), search)
-            entropies = [torch.special.entr(alpha.softmax(-1)).sum(-1) for alpha in self.alphas.parameters()]
-        return {
-            "search_accuracy": figures["accuracy"],
-            "entropy_normal": float(entropies[0].mean()),
-            "entropy_reduce": float(entropies[1].mean()),
-            "entropy": float(torch.cat(entropies).mean()),
-        }
+            probabilities = self.alphas()
+        return {"search_accuracy": figures["accuracy"]} | edge_figures(probabilities.normal, probabilities.reduce)
 
     def derive(self) -> Genotype:
         return derive_all_edges(self.problem.space, self.alphas.alpha_normal, self.alphas.alpha_reduce)

@@ -38,7 +38,7 @@ from fastnas.engine.training import (
     evaluate,
     set_learning_rate,
 )
-from fastnas.methods.base import Figure, Problem, check_betas, weight_optimizer, weight_rate
+from fastnas.methods.base import Figure, Problem, check_betas, edge_figures, weight_optimizer, weight_rate
 from fastnas.ops import gumbel_softmax
 from fastnas.spaces.derive import derive_all_edges
 from fastnas.spaces.genotype import Genotype
@@ -128,15 +128,11 @@ class Snas:
             sampled = evaluate(lambda x: self.supernet(x, z), search)
             derived = evaluate(lambda x: self.supernet(x, child), search)
             probabilities = self.log_alphas()
-            normal, reduce = (torch.special.entr(p).sum(-1) for p in (probabilities.normal, probabilities.reduce))
         return {
             "search_accuracy": sampled["accuracy"],
             "child_accuracy": derived["accuracy"],
             "temperature": self.temperature,
-            "entropy": float(torch.cat([normal, reduce]).mean()),
-            "edge_entropy_normal": normal.tolist(),
-            "edge_entropy_reduce": reduce.tolist(),
-        }
+        } | edge_figures(probabilities.normal, probabilities.reduce)
 
     def derive(self) -> Genotype:
         return derive_all_edges(self.problem.space, self.log_alphas.alpha_normal, self.log_alphas.alpha_reduce)
