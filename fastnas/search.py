@@ -5,6 +5,7 @@ As a library call: `run_search(resolve({"data": "digits", "epochs": 5}), Path("r
 
 from __future__ import annotations
 
+import argparse
 import math
 import shlex
 import sys
@@ -314,7 +315,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
     parser.add_argument(
-        "--seeds", type=int, metavar="N", help="search with N seeds, compare them and keep the best: fastnas.repeat"
+        "--seeds",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="search with N seeds, compare them and keep the best: python -m fastnas.repeat",
     )
     add_flags(parser, SearchSettings)
     add_flags(parser.add_argument_group("data"), DataSettings)
@@ -327,7 +332,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    if arguments.seeds is not None:
+    if "seeds" in arguments:
         from fastnas import repeat  # it stands on this module
 
         return repeat.main(argv)
