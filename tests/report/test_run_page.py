@@ -223,6 +223,19 @@ def test_a_folder_that_is_no_run(tmp_path):
         write_report(tmp_path)
 
 
+def test_a_retraining_has_its_result(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"genotype": "DARTS_V2", "epochs": 2, "data": "digits"})
+    for epoch in range(2):
+        run.append_metrics({"epoch": epoch, "loss": 1.0 - epoch / 2, "accuracy": 0.5})
+        run.append_timing({"epoch": epoch, "train_s": 2.0})
+    run.write_genotype(load_genotype("DARTS_V2"))
+    (run.path / "result.json").write_text('{"test_accuracy": 0.875, "parameters": 1234567}')
+    page = read(write_report(run.path))
+    assert "87.50 %" in page.sections["summary"] and "1,234,567" in page.sections["summary"]
+    assert "training 100%" in page.sections["time-and-memory"] and "Loss" in page.sections["curves"]
+    assert page.sections["findings"].startswith("FindingsNothing to warn of")
+
+
 def record_of(tmp_path: Path, rows: list[dict[str, Any]], **config: Any):
     run = RunFolder.create(tmp_path / "made", {"method": "darts", "epochs": len(rows), **config})
     for epoch, row in enumerate(rows):
