@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 LIBRARY := fastnas/_C.abi3.so
 
-.PHONY: search test bench lint build
+.PHONY: search test bench lint docs build
 .DELETE_ON_ERROR:
 
 search: $(BUILT)
@@ -26,6 +26,12 @@ lint: $(BUILT)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+docs: $(BUILT)
+	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || \
+		$(BIN)/python -m pip install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "the site: site/index.html"
 
 build: $(BUILT)
 

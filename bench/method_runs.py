@@ -48,7 +48,8 @@ def run(setting: str, seed: int, data: str, smoke: bool, runs: Path) -> dict[str
     row = {"setting": setting, "seed": seed, "data": data.partition(":")[0], "epochs": last["epoch"] + 1}
     row |= {"commit": versions().get("commit", "")}
     row |= {"search_cpu_s": round(time.process_time() - started, 1), "rule": result.genotype.rule}
-    row |= {key: value for key, value in last.items() if key not in ("epoch", "loss", "accuracy")}
+    left_out = ("epoch", "loss", "accuracy", "probabilities_normal", "probabilities_reduce")
+    row |= {key: value for key, value in last.items() if key not in left_out}
     if not smoke:
         settings = {"genotype": str(result.run.genotype_path), "data": data, "seed": seed, "threads": 1}
         trained = retrain.run_retrain(retrain.resolve(settings), runs / f"{out.name}-retrained", quiet=True)

@@ -37,6 +37,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+RECORDS = ("versions", "hashes")  # tables of a run's config.toml that record, and set nothing
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
@@ -180,7 +181,7 @@ class Layer(dict[str, Any]):
 
 
 def read_toml(path: str | Path) -> Layer:
-    """The settings of a flat TOML file; ``[versions]``, as in a run's config.toml, is left out."""
+    """The settings of a flat TOML file; the tables of a run's config.toml that are none (`RECORDS`) are left out."""
     try:
         return _parse_toml(Path(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -193,7 +194,8 @@ def _parse_toml(text: str, source: str) -> Layer:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source} is not valid TOML: {error}") from error
-    table.pop("versions", None)
+    for name in RECORDS:
+        table.pop(name, None)
     for key, value in table.items():
         if isinstance(value, dict):
             raise UserError(f"{source}: [{key}] is a table; settings are flat: write its keys without it")

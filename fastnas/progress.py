@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastnas.timing import resident_bytes
+
 if TYPE_CHECKING:
     import rich.progress
 
@@ -134,9 +136,5 @@ def _memory_text() -> list[str]:
     """The bytes of tensors on the current GPU, if one is in use, or else of the process in main memory."""
     if torch.cuda.is_initialized():
         return [f"{torch.cuda.memory_allocated() / 2**20:,.0f} MiB on GPU"]
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            pages = int(file.read().split()[1])
-    except OSError:
-        return []
-    return [f"{pages * os.sysconf('SC_PAGE_SIZE') / 2**20:,.0f} MiB"]
+    size = resident_bytes()
+    return [] if size is None else [f"{size / 2**20:,.0f} MiB"]

@@ -31,6 +31,7 @@ from fastnas.engine.retraining import PRECISIONS, SCHEDULES, Arithmetic, WeightA
 from fastnas.engine.stems import STEMS
 from fastnas.engine.training import Means, accuracy, evaluate, set_learning_rate
 from fastnas.errors import UserError
+from fastnas.hashes import run_hashes
 from fastnas.profiler.counts import Counts
 from fastnas.progress import Progress
 from fastnas.report.cells import draw_cells
@@ -150,7 +151,8 @@ def run_retrain(
 
     first_epoch = 0
     if resume is None:
-        run = RunFolder.create(out or default_run_path("retrain", plan.data.data), plan.as_mapping())
+        config = plan.as_mapping() | {"hashes": run_hashes(plan.as_mapping() | {"genotype": genotype.to_json()}, data)}
+        run = RunFolder.create(out or default_run_path("retrain", plan.data.data), config)
         run.write_genotype(genotype)
         run.write_cells(draw_cells(genotype))
         write_card(run.path, card)

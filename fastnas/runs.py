@@ -96,6 +96,10 @@ class RunFolder:
     def cells_path(self) -> Path:
         return self.path / "cells.svg"
 
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
     def config(self) -> dict[str, Any]:
         """The settings that the run was started with: a layer for `fastnas.config.merge`."""
         return read_toml(self.config_path)
@@ -111,6 +115,10 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl; a line that a kill tore apart is left out."""
         return _read_records(self.metrics_path)
+
+    def timing(self) -> list[dict[str, Any]]:
+        """The records of timing.jsonl, likewise."""
+        return _read_records(self.timing_path)
 
     def truncate(self, epoch: int) -> None:
         """Drop the records of both files whose epoch is greater than ``epoch``, and any torn line."""

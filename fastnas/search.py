@@ -5,6 +5,7 @@ As a library call: `run_search(resolve({"data": "digits", "epochs": 5}), Path("r
 
 from __future__ import annotations
 
+import argparse
 import math
 import shlex
 import sys
@@ -22,6 +23,7 @@ from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastnas.engine.training import Batch, Means, settled_heap
 from fastnas.errors import UserError, is_out_of_memory
+from fastnas.hashes import run_hashes
 from fastnas.memory import SearchMemory
 from fastnas.methods import METHODS, Method, Problem, WeightSettings, spaces_of
 from fastnas.methods.base import Figure
@@ -29,11 +31,13 @@ from fastnas.profiler.step import Inputs
 from fastnas.profiler.subject import Subject
 from fastnas.progress import Progress
 from fastnas.report.cells import describe_cells, draw_cells
+from fastnas.report.events import Events
+from fastnas.report.run_page import write_report
 from fastnas.runs import RunFolder, default_run_path
 from fastnas.settings import CHANGEABLE_ON_RESUME, DataSettings, RuntimeSettings, load_data, prepare
 from fastnas.spaces import SPACES, AnyGenotype, build_space
 from fastnas.spaces.derive import skips_and_edges
-from fastnas.timing import StepTimes
+from fastnas.timing import MemoryUse, StepTimes
 
 DEFAULT_METHOD = "pc_darts"
 AUTO = "auto"
@@ -49,6 +53,7 @@ class SearchSettings:
     train_fraction: float | None = option(
         None, "share of the training set that the weights learn from; none takes all the rest", above=0, maximum=1
     )
+    tensorboard: bool = option(False, "also write the figures of each epoch as TensorBoard events into the run folder")
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,8 @@ def _search(
 
     first_epoch = 0
     if resume is None:
-        run = RunFolder.create(out or default_run_path(plan.search.method, plan.data.data), plan.as_mapping())
+        config = plan.as_mapping() | {"hashes": run_hashes(plan.as_mapping(), data)}
+        run = RunFolder.create(out or default_run_path(plan.search.method, plan.data.data), config)
         _save(run, -1, method)
     else:
         run = RunFolder.open(resume)
@@ -212,12 +218,17 @@ def _search(
     steps = len(train_stream)
     train_batches = train_stream.from_step(first_epoch * steps)
     search_batches = search_stream.from_step(first_epoch * steps)
-    times = StepTimes()
+    times, memory = StepTimes(), MemoryUse(device)
     times.watch(method)
-    with settled_heap(), Progress(plan.weights.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress:
+    with (
+        settled_heap(),
+        Events(run.path, on=plan.search.tensorboard, epoch=first_epoch) as events,
+        Progress(plan.weights.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress,
+    ):
         for epoch in range(first_epoch, plan.weights.epochs):
             started = time.perf_counter()
             times.clear()
+            memory.clear()
             progress.start_epoch(epoch)
             method.start_epoch(epoch)
             means = Means()
@@ -233,6 +244,7 @@ def _search(
             record |= method.end_epoch(_Passes(data.search, batch_size))
             broken = [name.replace("_", " ") for name, value in record.items() if not _is_finite(value)]
             if broken:
+                run.append_timing({"epoch": epoch, "stopped": f"{broken[0]} is no longer a number"})
                 raise UserError(
                     f"{broken[0]} is no longer a number in epoch {epoch + 1}: start again with a smaller --lr; "
                     f"the epochs before it are in {run.path}"
@@ -244,13 +256,16 @@ def _search(
                 _warn_of_collapse(record["skips_normal"], cells["normal"][1], progress)
             run.append_metrics(record | {"genotype": genotype.notation()})
             seconds = {"train_s": trained - started, **times.split(), "evaluate_s": time.perf_counter() - trained}
-            run.append_timing({"epoch": epoch, **seconds})
+            timing = {"epoch": epoch, **seconds, **memory.read()}
+            run.append_timing(timing)
+            events.add(epoch, record, timing)
             run.write_genotype(genotype)
             _save(run, epoch, method)
             progress.end_epoch(record)
     genotype = method.derive()
     run.write_genotype(genotype)
     run.write_cells(draw_cells(genotype))
+    write_report(run.path)
     return SearchResult(genotype, run)
 
 
@@ -273,7 +288,7 @@ class _Passes:
 
 
 def _is_finite(value: Figure) -> bool:
-    return all(map(math.isfinite, value)) if isinstance(value, list) else math.isfinite(value)
+    return all(map(_is_finite, value)) if isinstance(value, list) else math.isfinite(value)
 
 
 def _save(run: RunFolder, epoch: int, method: Method) -> None:
@@ -297,6 +312,13 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--out", type=Path, help="run folder to make [runs/<method>-<data>-<time>]")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="search with N seeds, compare them and keep the best: python -m fastnas.repeat",
+    )
     add_flags(parser, SearchSettings)
     add_flags(parser.add_argument_group("data"), DataSettings)
     add_flags(parser.add_argument_group("network and weights"), WeightSettings)
@@ -308,6 +330,10 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
+    if "seeds" in arguments:
+        from fastnas import repeat  # it stands on this module
+
+        return repeat.main(argv)
     methods = [method.Settings for method in METHODS.values()]
     flags = given(arguments, SearchSettings, DataSettings, WeightSettings, RuntimeSettings, *methods)
     if arguments.resume is None:
@@ -325,7 +351,7 @@ def main(argv: list[str]) -> int:
         print(f"interrupted; go on with: python -m fastnas.search --resume {shlex.quote(str(out))}", file=sys.stderr)
         return 130
     print(describe_cells(result.genotype))
-    print(f"\ngenotype  {result.run.genotype_path}\ndrawing   {result.run.cells_path}\nrun       {result.run.path}")
+    print(f"\ngenotype  {result.run.genotype_path}\nreport    {result.run.report_path}\nrun       {result.run.path}")
     genotype, data = shlex.quote(str(result.run.genotype_path)), shlex.quote(plan.data.data)
     print(f"next      python -m fastnas.retrain --genotype {genotype} --data {data}")
     return 0

@@ -39,7 +39,9 @@ class RuntimeSettings:
     )
     device: str = option("auto", "cpu, cuda or cuda:N; auto takes a GPU when there is one")
     threads: int | None = option(None, "CPU threads; none leaves PyTorch's choice", minimum=1)
-    deterministic: bool = option(False, "use deterministic GPU kernels, slower; CPU runs always repeat exactly")
+    deterministic: bool = option(
+        False, "let PyTorch use deterministic kernels alone, or fail: for GPUs, CPU runs repeat exactly without it"
+    )
 
 
 def prepare(runtime: RuntimeSettings) -> torch.device:
@@ -49,6 +51,8 @@ def prepare(runtime: RuntimeSettings) -> torch.device:
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # every kernel here writes all of its output
+        torch.backends.cudnn.benchmark = False  # it picks algorithms by their time
     torch.manual_seed(runtime.seed)
     if runtime.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

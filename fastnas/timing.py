@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 # Functions of the methods that train the architecture; PARSEC weighs its children. Others do both in one pass.
 ARCHITECTURE_STEPS = ("architecture_step", "_log_likelihoods")
@@ -41,3 +44,32 @@ class StepTimes:
         """As timing.jsonl has it; what no function for the architecture does in a step is the weights' share."""
         data, step, architecture = (self._seconds[part] for part in ("data", "step", "architecture"))
         return {"data_s": data, "weights_s": step - architecture, "architecture_s": architecture}
+
+
+class MemoryUse:
+    """Memory of a run, in bytes: on a GPU the peak of PyTorch's allocator since `clear`, else what the process has in
+    main memory at the moment."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def clear(self) -> None:
+        """Start a new peak."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def read(self) -> dict[str, int]:
+        """As timing.jsonl has it; nothing where the system does not tell."""
+        if self.device.type == "cuda":
+            return {"memory_bytes": torch.cuda.max_memory_allocated(self.device)}
+        size = resident_bytes()
+        return {} if size is None else {"memory_bytes": size}
+
+
+def resident_bytes() -> int | None:
+    """Main memory that this process has; None where there is no /proc."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastnas import ensemble, repeat
+from fastnas import ensemble, repeat, search
 from fastnas.engine.checkpoint import load_checkpoint
 from fastnas.engine.derived import DerivedNetwork
 from fastnas.errors import UserError
@@ -18,6 +18,7 @@ from fastnas.retrain import resolve as resolve_retraining
 from fastnas.search import _resumed_plan, build_method, resolve, run_search
 from fastnas.settings import load_data
 from fastnas.spaces import DartsSpace, load_genotype
+from fastnas.spaces.agreement import edge_agreement
 
 SIZE = {"batch_size": 8, "channels": 4, "cells": 3, "threads": 1, "device": "cpu"}
 
@@ -38,7 +39,8 @@ def plan(images):
 @pytest.fixture(scope="module")
 def repeated(plan, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "repeated"
-    return out, *repeat.run_repeated(plan, 2, out, quiet=True)
+    done = repeat.run_repeated(plan, 2, out, quiet=True)
+    return out, done.best, done.accuracies
 
 
 def test_the_best_of_the_seeds_is_kept(repeated):
@@ -55,11 +57,34 @@ def test_each_run_is_that_of_the_search_with_its_seed(repeated, plan, tmp_path):
     assert (out / "seed-0" / "metrics.jsonl").read_bytes() == alone.run.metrics_path.read_bytes()
 
 
+def test_mean_deviation_and_agreement_are_kept(repeated):
+    out, _, accuracies = repeated
+    table = json.loads((out / "seeds.json").read_text())
+    first, second = accuracies.values()
+    assert table["mean"] == pytest.approx((first + second) / 2)
+    assert table["standard_deviation"] == pytest.approx(abs(first - second) / 2**0.5)
+    genotypes = [load_genotype(out / f"seed-{seed}") for seed in (0, 1)]
+    assert table["agreement"] == edge_agreement(genotypes)
+    assert set(table["agreement"].values()) <= {0.5, 1.0}
+    assert table["mean_agreement"] == pytest.approx(sum(table["agreement"].values()) / len(table["agreement"]))
+    assert "seed-1" in (out / "report.html").read_text()
+
+
+def test_the_search_forwards_its_seeds(repeated, images, tmp_path, capsys):
+    flags = {"method": "parsec", "samples": 2, "epochs": 2, "nodes": 2, "data": f"npz:{images}", "seeds": 2, **SIZE}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    with pytest.raises(SystemExit) as caught:
+        search.run_command(search.main, [*arguments, "--out", str(repeated[0]), "--quiet"])
+    output = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "seed 1  search accuracy" in output and "standard deviation" in output and "all agree on" in output
+
+
 def test_it_goes_on_where_it_stopped_and_only_with_the_same_settings(repeated, plan, images):
     out, best, accuracies = repeated
     before = (out / "seed-1" / "checkpoint.pt").stat().st_mtime_ns
-    again, same = repeat.run_repeated(plan, 2, out, quiet=True)
-    assert same == accuracies and again.genotype == best.genotype
+    again = repeat.run_repeated(plan, 2, out, quiet=True)
+    assert again.accuracies == accuracies and again.best.genotype == best.genotype
     assert (out / "seed-1" / "checkpoint.pt").stat().st_mtime_ns == before
     other = resolve({**SIZE, "method": "darts", "epochs": 2, "nodes": 2, "data": f"npz:{images}"})
     with pytest.raises(UserError, match="holds a run of other settings"):

@@ -25,6 +25,7 @@ from fastnas import retrain, search
 from fastnas.engine.checkpoint import load_checkpoint
 from fastnas.errors import UserError
 from fastnas.methods import METHODS, Darts
+from fastnas.report.records import read_record
 from fastnas.search import resolve, run_search
 from fastnas.spaces import Genotype, load_genotype
 
@@ -59,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one_shot": {"method": "one_shot", "space": "choice_blocks", "ghost_batch": 4, "candidates": 2},
     "random": {"method": "random", "samples": 2},
 }
-FILES = {"config.toml", "metrics.jsonl", "timing.jsonl", "genotype.json", "cells.svg", "checkpoint.pt"}
+FILES = {"config.toml", "metrics.jsonl", "timing.jsonl", "genotype.json", "cells.svg", "checkpoint.pt", "report.html"}
 
 Runs = dict[str, Path]
 
@@ -140,8 +141,8 @@ def test_a_search_leaves_a_run_folder(case, whole):
     assert [record["epoch"] for record in records] == list(range(EPOCHS))
     for record in records:
         assert {"loss", "accuracy", "search_accuracy", "entropy", "genotype"} <= record.keys()
-        for value in record.values():
-            assert isinstance(value, str) or all(map(math.isfinite, value if isinstance(value, list) else [value]))
+        for _, value in leaves(record):
+            assert isinstance(value, str) or math.isfinite(value)
         assert 0 <= record["accuracy"] <= 1 and 0 <= record["search_accuracy"] <= 1
     genotype = load_genotype(run)
     if isinstance(genotype, Genotype):
@@ -152,6 +153,7 @@ def test_a_search_leaves_a_run_folder(case, whole):
         seconds = json.loads(line)
         assert 0 < seconds["data_s"] + seconds["weights_s"] + seconds["architecture_s"] <= seconds["train_s"]
         assert min(seconds["data_s"], seconds["weights_s"]) > 0 <= seconds["architecture_s"]
+        assert seconds["memory_bytes"] > 1e6
 
 
 def test_the_warm_up_trains_no_alphas(whole):
@@ -169,8 +171,51 @@ def test_equal_settings_give_equal_files(case, whole, images, tmp_path):
     assert_same_run(run, whole[case])
     names = {path.name for path in run.iterdir()}
     assert names == {path.name for path in whole[case].iterdir()}
-    for name in names - {"timing.jsonl"}:
+    for name in names - {"timing.jsonl", "report.html"}:  # both have the clock in them
         assert (run / name).read_bytes() == (whole[case] / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("case", ["darts", "parsec", "snas"])
+def test_deterministic_algorithms_suffice_on_the_cpu_and_change_nothing(case, whole, images, tmp_path):
+    try:
+        run = do_search(tmp_path / "run", case, images, deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert (run / "metrics.jsonl").read_bytes() == (whole[case] / "metrics.jsonl").read_bytes()
+    assert (run / "genotype.json").read_bytes() == (whole[case] / "genotype.json").read_bytes()
+
+
+@pytest.mark.parametrize("case", ["darts", "pc_darts"])
+def test_another_number_of_threads_repeats_itself_and_differs_in_rounding_alone(case, whole, images, tmp_path):
+    two = [do_search(tmp_path / name, case, images, threads=2) for name in ("two", "again")]
+    assert (two[0] / "metrics.jsonl").read_bytes() == (two[1] / "metrics.jsonl").read_bytes()
+    hashes = [read_record(run).hashes for run in (two[0], whole[case])]
+    assert hashes[0] == hashes[1]
+    first = [search.RunFolder.open(run).metrics()[0] for run in (two[0], whole[case])]
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-4)
+
+
+def test_tensorboard_events_hold_the_figures_of_each_epoch(whole, images, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = do_search(tmp_path / "run", "darts", images, tensorboard=True)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    records = search.RunFolder.open(run).metrics()
+    assert (run / "metrics.jsonl").read_bytes() == (whole["darts"] / "metrics.jsonl").read_bytes()
+    for name in ("loss", "search_accuracy", "entropy"):
+        points = [(event.step, event.value) for event in events.Scalars(name)]
+        assert points == [(r["epoch"] + 1, pytest.approx(r[name], rel=1e-6)) for r in records]
+    assert {"edge_entropy_normal/4", "time/train_s", "memory/memory_bytes"} <= set(events.Tags()["scalars"])
+
+
+def test_tensorboard_that_is_missing_is_named(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(
+        UserError, match="--tensorboard needs the package tensorboard .*pip install tensorboard, or drop"
+    ):
+        do_search(tmp_path / "run", "darts", images, tensorboard=True)
 
 
 @pytest.mark.parametrize("case", CASES)

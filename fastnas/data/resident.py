@@ -34,6 +34,12 @@ class Resident:
                 rows, draws = table[0], table[1:]
                 yield crop_and_flip(self.images[rows], draws, recipe.pad), self._device_labels[rows], draws
 
+    def contents(self) -> Iterator[bytes | memoryview]:
+        """Shape, pixels and labels."""
+        yield str(tuple(self.images.shape)).encode()
+        for tensor in (self.images, self.labels):
+            yield tensor.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
+
     def _to_device(self, table: Tensor) -> Tensor:
         if self.device.type == "cuda":
             table = table.pin_memory()

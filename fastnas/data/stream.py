@@ -36,6 +36,10 @@ class Store(Protocol):
         when the plan has draws; int64 [B]; int64 [6, B] or None."""
         ...
 
+    def contents(self) -> Iterator[bytes | memoryview]:
+        """What tells these images and labels from others, for a digest."""
+        ...
+
 
 class Split:
     """Some rows of a store. name: what errors call it. seed: what its random numbers start from."""

@@ -55,6 +55,13 @@ class Streamed:
             labels = self.labels[plan.rows].to(self.device, non_blocking=True)
             yield images.to(self.device, non_blocking=True), labels, draws
 
+    def contents(self) -> Iterator[bytes | memoryview]:
+        """Labels, and each file's name below the folder and its size: the pixels are not read."""
+        yield self.labels.numpy().data.cast("B")
+        root = os.path.commonpath(self.paths) if self.paths else ""
+        for path in self.paths:
+            yield f"{os.path.relpath(path, root)} {os.path.getsize(path)}".encode(errors="surrogateescape")
+
 
 class _Batches(Dataset):
     """Maps a request to uint8 [B, 3, S, S]. An unreadable file gives the UserError as the value, because a

@@ -20,7 +20,7 @@ from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine
 from fastnas.errors import UserError
 from fastnas.spaces import AnyGenotype, AnySpace
 
-Figure = float | list[float]  # a number, or one for each edge
+Figure = float | list[float] | list[list[float]]  # a number, or one for each edge, or a row for each edge
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,23 @@ def train_weights(
     torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     optimizer.step()
     return {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
+
+
+def edge_figures(normal: Tensor, reduce: Tensor) -> dict[str, Figure]:
+    """What metrics keep of an architecture: entropies in nats and, for the report, the probabilities themselves.
+
+    `normal`, `reduce`: probabilities of the candidates of each edge, [E, O]; `reduce` may have no edges. The
+    probabilities are kept to four digits.
+    """
+    figures: dict[str, Figure] = {}
+    entropies = []
+    for cell, probabilities in (("normal", normal.detach()), ("reduce", reduce.detach())):
+        if len(probabilities):
+            entropies.append(torch.special.entr(probabilities).sum(-1))
+            figures[f"entropy_{cell}"] = float(entropies[-1].mean())
+            figures[f"edge_entropy_{cell}"] = entropies[-1].tolist()
+            figures[f"probabilities_{cell}"] = [[round(p, 4) for p in row] for row in probabilities.tolist()]
+    return {"entropy": float(torch.cat(entropies).mean())} | figures
 
 
 def check_betas(betas: tuple[float, ...]) -> None:

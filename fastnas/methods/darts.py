@@ -27,6 +27,7 @@ from fastnas.methods.base import (
     Figure,
     Problem,
     check_betas,
+    edge_figures,
     load_states,
     states_of,
     train_weights,
@@ -192,22 +193,17 @@ class Darts:
         figures: dict[str, Figure] = {}
         with torch.no_grad():
             mixture = self.mixture(EVALUATION)
-            entropies = [torch.special.entr(w).sum(-1) for w in (mixture.normal, mixture.reduce)]
             figures["search_accuracy"] = evaluate(lambda x: self.supernet(x, mixture), search)["accuracy"]
             if self.settings.partial == 1:
                 child = self.derive()
                 with batch_statistics(self.supernet):
                     figures["child_accuracy"] = evaluate(lambda x: self.supernet(x, child), search)["accuracy"]
-        figures["entropy"] = float(torch.cat(entropies).mean())
+        figures |= edge_figures(mixture.normal, mixture.reduce)
         uncapped = self._derive(mixture, None)
         if isinstance(uncapped, ArchitectureString):
             skips, _ = skips_and_edges(uncapped)["normal"]
-            return figures | {"edge_entropy_normal": entropies[0].tolist(), "skips_normal": float(skips)}
+            return figures | {"skips_normal": float(skips)}
         return figures | {
-            "entropy_normal": float(entropies[0].mean()),
-            "entropy_reduce": float(entropies[1].mean()),
-            "edge_entropy_normal": entropies[0].tolist(),
-            "edge_entropy_reduce": entropies[1].tolist(),
             "skips_normal": float(count_skips(uncapped.normal)),
             "skips_reduce": float(count_skips(uncapped.reduce)),
         }

@@ -35,7 +35,16 @@ from fastnas.engine.training import (
     set_learning_rate,
 )
 from fastnas.errors import UserError
-from fastnas.methods.base import Problem, check_betas, load_states, states_of, weight_optimizer, weight_rate
+from fastnas.methods.base import (
+    Figure,
+    Problem,
+    check_betas,
+    edge_figures,
+    load_states,
+    states_of,
+    weight_optimizer,
+    weight_rate,
+)
 from fastnas.spaces import AnyGenotype, DartsSpace, Nasbench201Space
 from fastnas.spaces.genotype import Genotype, Node
 
@@ -142,6 +151,15 @@ class SlotDistribution(nn.Module):
         each = [float(-(logits.softmax(-1) * logits.log_softmax(-1)).sum()) for logits in self.logits]
         return sum(each[: self.normal_factors]), sum(each[self.normal_factors :])
 
+    @torch.no_grad()
+    def edge_probabilities(self) -> tuple[Tensor, Tensor]:
+        """How likely each candidate of each edge is to fill a slot, of the normal and the reduction cell: [E, O].
+
+        The mean over the two slots of a node; the edges into one node sum to 1.
+        """
+        each = [logits.softmax(-1).mean(0).view(-1, len(self.names)) for logits in self.logits]
+        return torch.cat(each[: self.space.nodes]), torch.cat(each[self.space.nodes :])
+
 
 def importance_weights(log_likelihoods: Tensor) -> Tensor:
     """w_k = p_k / sum_j p_j from log p_k, [K] -> [K], in log space and float64 so that no p underflows."""
@@ -231,19 +249,22 @@ class Parsec:
         loss = F.cross_entropy(logits, y) + self.settings.auxiliary_weight * F.cross_entropy(auxiliary, y)
         return logits, loss
 
-    def end_epoch(self, search: Iterable[Batch]) -> dict[str, float]:
-        """Accuracy of the mode with the shared weights (the paper's Figure 3a) and the entropies (Figure 3b)."""
+    def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
+        """Accuracy of the mode with the shared weights (the paper's Figure 3a) and the entropies (Figure 3b), which are
+        those of whole cells."""
         mode = self.distribution.mode()
         self.supernet.eval()
         with batch_statistics(self.supernet):
             figures = evaluate(lambda x: self.supernet(x, mode), search)
         normal, reduce = self.distribution.entropies()
+        edges = edge_figures(*self.distribution.edge_probabilities())
+        kept = ("probabilities_normal", "probabilities_reduce")
         return {
             "search_accuracy": figures["accuracy"],
             "entropy_normal": normal,
             "entropy_reduce": reduce,
             "entropy": normal + reduce,
-        }
+        } | {name: edges[name] for name in kept}
 
     def derive(self) -> AnyGenotype:
         return self.distribution.mode()

@@ -30,6 +30,7 @@ from fastnas.methods.base import (
     Figure,
     Problem,
     check_betas,
+    edge_figures,
     load_states,
     states_of,
     train_weights,
@@ -146,13 +147,8 @@ class Proxyless:
         self.supernet.eval()
         with batch_statistics(self.supernet), torch.no_grad():
             figures = evaluate(lambda x: self.supernet(x, path), search)
-            alphas = {"normal": self.alphas.alpha_normal, "reduce": self.alphas.alpha_reduce}
-            entropies = {kind: torch.special.entr(a.softmax(-1)).sum(-1) for kind, a in alphas.items() if len(a)}
-        return {
-            "search_accuracy": figures["accuracy"],
-            "entropy": float(torch.cat(list(entropies.values())).mean()),
-            **{f"entropy_{kind}": float(entropy.mean()) for kind, entropy in entropies.items()},
-        }
+            probabilities = self.alphas()
+        return {"search_accuracy": figures["accuracy"]} | edge_figures(probabilities.normal, probabilities.reduce)
 
     def derive(self) -> AnyGenotype:
         return derive_all_edges(self.problem.space, self.alphas.alpha_normal, self.alphas.alpha_reduce)

@@ -38,7 +38,16 @@ from fastnas.engine.training import (
     evaluate,
     set_learning_rate,
 )
-from fastnas.methods.base import Figure, Problem, check_betas, load_states, states_of, weight_optimizer, weight_rate
+from fastnas.methods.base import (
+    Figure,
+    Problem,
+    check_betas,
+    edge_figures,
+    load_states,
+    states_of,
+    weight_optimizer,
+    weight_rate,
+)
 from fastnas.ops import gumbel_softmax
 from fastnas.spaces import AnyGenotype, Nasbench201Space
 from fastnas.spaces.derive import derive_all_edges
@@ -129,15 +138,11 @@ class Snas:
             sampled = evaluate(lambda x: self.supernet(x, z), search)
             derived = evaluate(lambda x: self.supernet(x, child), search)
             probabilities = self.log_alphas()
-            cells = {"normal": probabilities.normal, "reduce": probabilities.reduce}
-            entropies = {kind: torch.special.entr(p).sum(-1) for kind, p in cells.items() if len(p)}
         return {
             "search_accuracy": sampled["accuracy"],
             "child_accuracy": derived["accuracy"],
             "temperature": self.temperature,
-            "entropy": float(torch.cat(list(entropies.values())).mean()),
-            **{f"edge_entropy_{kind}": entropy.tolist() for kind, entropy in entropies.items()},
-        }
+        } | edge_figures(probabilities.normal, probabilities.reduce)
 
     def derive(self) -> AnyGenotype:
         return derive_all_edges(self.problem.space, self.log_alphas.alpha_normal, self.log_alphas.alpha_reduce)

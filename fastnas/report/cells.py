@@ -72,9 +72,9 @@ def describe_cells(genotype: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_cells(genotype: Any) -> str:
-    """One self-contained SVG of the normal and the reduction cell, side by side, or of the lines of another
-    architecture.
+def draw_cells(genotype: Any, *, stacked: bool = False) -> str:
+    """One self-contained SVG of the normal and the reduction cell, side by side or `stacked`, or of the lines of
+    another architecture.
 
     ``genotype`` has the attributes of `fastnas.spaces.genotype.Genotype`: ``normal`` and ``reduce``, for each
     node its (candidate name, input state) pairs, with ``normal_concat`` and ``reduce_concat``.
@@ -85,15 +85,15 @@ def draw_cells(genotype: Any) -> str:
     panels = [_Panel(title, nodes, concat) for title, nodes, concat in cells]
     used = {_kind(name) for _, nodes, _ in cells for node in nodes for name, _ in node}
     legend, legend_width = _legend([kind for kind in _KINDS if kind in used])
-    width = max(sum(panel.width for panel in panels) + 3 * _GAP, legend_width + 2 * _GAP)
-    height = max(panel.height for panel in panels)
-    body, x = [], _GAP
+    widest, highest = max(panel.width for panel in panels), max(panel.height for panel in panels)
+    body, x, y = [], float(_GAP), float(_GAP)
     for panel in panels:
-        body.append(f'<g transform="translate({x:g} {_GAP})">{panel.draw(height)}</g>')
-        x += panel.width + _GAP
-    body.append(f'<g transform="translate({_GAP} {_GAP + height + _LEGEND / 2:g})">{legend}</g>')
-    full_height = height + _GAP + _LEGEND
-    return document("Normal and reduction cell", describe_cells(genotype), width, full_height, "".join(body))
+        body.append(f'<g transform="translate({x:g} {y:g})">{panel.draw(panel.height if stacked else highest)}</g>')
+        x, y = (x, y + panel.height + _GAP) if stacked else (x + panel.width + _GAP, y)
+    width = max(widest + 2 * _GAP if stacked else x, legend_width + 2 * _GAP)
+    bottom = y - _GAP if stacked else y + highest
+    body.append(f'<g transform="translate({_GAP} {bottom + _LEGEND / 2:g})">{legend}</g>')
+    return document("Normal and reduction cell", describe_cells(genotype), width, bottom + _LEGEND, "".join(body))
 
 
 def _draw_lines(lines: Sequence[str], title: str) -> str:
