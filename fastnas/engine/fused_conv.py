@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnas.engine.fused_cell import images, maps, through_norms, unflatten, with_deviation
 from fastnas.nn import DilConv, FactorizedReduce, ReLUConvBN, SepConv
-from fastnas.ops.stages.conv_stage import conv_stage_bwd, conv_stage_fwd
+from fastnas.ops.stages.conv_stage import conv_stage_bwd, conv_stage_fwd, unflatten
+from fastnas.ops.stages.maps import images, maps
 from fastnas.ops.stages.node_sum import node_dots, node_sum
+from fastnas.ops.stages.norms import through_norms, with_deviation
 
 FUSED_DTYPES = (torch.float32, torch.float64)
 KERNELS = (3, 5)  # depthwise ones that conv_stage has
