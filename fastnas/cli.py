@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from fastnas import processes
 from fastnas.errors import UserError, did_you_mean, is_out_of_memory
 
 
@@ -39,7 +40,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.split())
-        self.exit(2, f"error: {message.removesuffix('.')}; see {self.prog} --help\n")
+        text = f"error: {message.removesuffix('.')}; see {self.prog} --help\n"
+        self.exit(2, text if processes.may_speak() else None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         namespace, unknown = self.parse_known_args(args, namespace)
@@ -50,8 +52,13 @@ class ArgumentParser(argparse.ArgumentParser):
         return namespace
 
 
-def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> NoReturn:
+def run_command(
+    main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None, *, several: bool = False
+) -> NoReturn:
     """Run ``main(arguments)``, the command line by default, and exit.
+
+    ``several``: whether the command works as one of several processes that torchrun starts; of their errors one is
+    printed.
 
     A UserError is printed as one line and exits with 2, an interrupt with 130, any other exception with 1.
     ``--debug`` among the arguments adds the traceback. Warnings are printed as one line too.
@@ -61,11 +68,17 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
     if not debug:
         warnings.showwarning = _show_warning
     try:
+        processes.start()
+        if processes.world_size() > 1 and not several:
+            raise UserError("this command runs as one process: start it with python -m, without torchrun")
         code = main(arguments) or 0
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        _say("interrupted")
-        code = 130
+        if code == 0:
+            processes.finish()
+    except SystemExit as stop:  # of the parser
+        code = stop.code
+    except KeyboardInterrupt as stop:
+        code = say_stopped(stop)
     except BrokenPipeError:
         # The reader of a pipe, such as head, is gone; or else Python complains again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,7 +89,18 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
         hint = "" if debug or isinstance(error, UserError) else "; run again with --debug for the traceback"
         _say(f"error: {_explain(error)}{hint}")
         code = 2 if isinstance(error, UserError) else 1
+    if processes.group is not None:
+        sys.stdout.flush()
+        os._exit(code)  # an orderly exit would wait for processes that may be gone
     sys.exit(code)
+
+
+def say_stopped(stop: KeyboardInterrupt, command: str | None = None) -> int:
+    """Say why a run stopped and the `command` that goes on with it; returns the exit code."""
+    lost = isinstance(stop, processes.ProcessLost)
+    hint = f"; go on with: {processes.launcher()} -m {command}" if command else ""
+    _say(f"{f'error: {stop}' if lost else 'interrupted'}{hint}")
+    return 1 if lost else 130
 
 
 def _explain(error: Exception) -> str:
@@ -89,8 +113,10 @@ def _explain(error: Exception) -> str:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    _say(f"warning: {message}")
+    if processes.is_main():
+        print(*f"warning: {message}".split(), file=sys.stderr, flush=True)
 
 
 def _say(text: str) -> None:
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    if processes.may_speak():
+        print(" ".join(text.split()), file=sys.stderr, flush=True)

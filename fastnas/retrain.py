@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastnas import distributed, processes
 from fastnas._files import replace_file
-from fastnas.cli import ArgumentParser, run_command
+from fastnas.cli import ArgumentParser, run_command, say_stopped
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
 from fastnas.engine import networks
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastnas.engine.derived import DerivedNetwork
 from fastnas.engine.stems import STEMS
-from fastnas.engine.training import Means, accuracy, cosine, evaluate, set_learning_rate
+from fastnas.engine.training import Means, accuracy, average_gradients, cosine, evaluate, set_learning_rate
 from fastnas.errors import UserError
 from fastnas.profiler.counts import count
 from fastnas.progress import Progress
@@ -125,7 +126,7 @@ def run_retrain(
     optimizer = torch.optim.SGD(
         network.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
     )
-    stream = data.train_and_search.stream(settings.batch_size, seed=plan.runtime.seed)
+    stream = data.train_and_search.stream(settings.batch_size, seed=plan.runtime.seed, **processes.share())
 
     first_epoch = 0
     if resume is None:
@@ -147,14 +148,18 @@ def run_retrain(
         first_epoch = state["epoch"] + 1
         run.truncate(first_epoch - 1)
 
+    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    same = {"settings": asdict(settings), "labels": data.train_and_search.labels, "state": state}
+    distributed.check_start(same, settings.batch_size, quiet=quiet)
     steps = len(stream)
     batches = stream.from_step(first_epoch * steps)
     with Progress(settings.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress:
         for epoch in range(first_epoch, settings.epochs):
             started = time.perf_counter()
             progress.start_epoch(epoch)
-            # Drop path draws from PyTorch's generator: seeded by the epoch, so that resuming needs no state of it.
-            torch.manual_seed((plan.runtime.seed * 1_000_003 + epoch) % 2**63)
+            # Drop path draws from PyTorch's generator: seeded by the epoch, so that resuming needs no state of it, and
+            # by the rank, whose images are others.
+            torch.manual_seed(((plan.runtime.seed + (processes.rank() << 32)) * 1_000_003 + epoch) % 2**63)
             set_learning_rate(optimizer, cosine(epoch, settings.epochs, settings.lr, settings.lr_min))
             network.train()
             of_cells = isinstance(network, DerivedNetwork)
@@ -170,6 +175,7 @@ def run_retrain(
                     loss = loss + settings.auxiliary_weight * F.cross_entropy(auxiliary_logits, y)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                average_gradients(list(network.parameters()))
                 torch.nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
                 optimizer.step()
                 means.add(figures)
@@ -180,13 +186,15 @@ def run_retrain(
                     f"the training loss is no longer a number in epoch {epoch + 1}: start again with a smaller --lr; "
                     f"the epochs before it are in {run.path}"
                 )
+            distributed.average_statistics(network.state_dict())
+            distributed.check_replicas(network.state_dict(), epoch)
             run.append_metrics(record)
             run.append_timing({"epoch": epoch, "train_s": time.perf_counter() - started})
             _save(run, epoch, network, optimizer)
             progress.end_epoch(record)
 
     network.eval()
-    figures = evaluate(network, data.test.batches(settings.batch_size))
+    figures = evaluate(network, data.test.batches(settings.batch_size, **processes.share()))
     without_auxiliary = replace(plan, retrain=replace(settings, auxiliary_weight=0.0))
     counts = count(
         build_network(without_auxiliary, data.num_classes, data.channels),
@@ -242,15 +250,14 @@ def main(argv: list[str]) -> int:
     out = arguments.resume or arguments.out or default_run_path("retrain", plan.data.data)
     try:
         result = run_retrain(plan, out, resume=arguments.resume, quiet=arguments.quiet)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if not (out / "config.toml").exists():
             raise
-        print(f"interrupted; go on with: python -m fastnas.retrain --resume {shlex.quote(str(out))}", file=sys.stderr)
-        return 130
+        return say_stopped(stop, f"fastnas.retrain --resume {shlex.quote(str(out))}")
     print(f"test accuracy  {result.test_accuracy:.2%}\nparameters     {result.parameters:,}")
     print(f"run            {result.run.path}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, several=True))

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from fastnas.cli import ArgumentParser, run_command
+from fastnas import distributed, processes
+from fastnas.cli import ArgumentParser, run_command, say_stopped
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -146,10 +147,17 @@ def search_step(
 
 def _with_fitting_batch(plan: Plan, memory: SearchMemory, images: int) -> Plan:
     """The plan with a number where its batch size is `auto`."""
-    batch_size = memory.automatic_batch(images)
-    if batch_size is None:
+    count = processes.world_size()
+    batch_size = distributed.smallest(memory.automatic_batch(images // count) or 0)
+    if not batch_size:
         raise UserError("no batch fits into the free memory: give fewer --channels or --cells")
-    return replace(plan, weights=replace(plan.weights, batch_size=batch_size), auto_batch=False)
+    return replace(plan, weights=replace(plan.weights, batch_size=count * batch_size), auto_batch=False)
+
+
+def _memory(plan: Plan, classes: int, image: tuple[int, ...], device: torch.device) -> SearchMemory:
+    """The memory of one process's part of a planned search."""
+    part = replace(plan.weights, batch_size=plan.weights.batch_size // processes.world_size())
+    return SearchMemory(search_step(replace(plan, weights=part), classes, image, device), part)
 
 
 def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = None, quiet: bool = False) -> SearchResult:
@@ -169,12 +177,12 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
         train_fraction=plan.search.train_fraction,
     )
     image = (data.channels, data.image_size, data.image_size)
-    memory = SearchMemory(search_step(plan, data.num_classes, image, device), plan.weights)
+    memory = _memory(plan, data.num_classes, image, device)
     if plan.auto_batch:
         plan = _with_fitting_batch(plan, memory, len(data.train))
-        if not quiet:
+        if not quiet and processes.is_main():
             print(f"batch size  {plan.weights.batch_size}", file=sys.stderr)
-        memory = SearchMemory(search_step(plan, data.num_classes, image, device), plan.weights)
+        memory = _memory(plan, data.num_classes, image, device)
     memory.warn()
     try:
         return _search(plan, data, device, out, resume=resume, quiet=quiet)
@@ -189,8 +197,10 @@ def _search(
 ) -> SearchResult:
     method = build_method(plan, data.num_classes, data.channels, device, data.image_size)
     batch_size, seed = plan.weights.batch_size, plan.runtime.seed
-    train_stream = data.train.stream(batch_size, seed=seed)
-    search_stream = data.search.stream(max(1, min(batch_size, len(data.search))), seed=seed)
+    train_stream = data.train.stream(batch_size, seed=seed, **processes.share())
+    count = processes.world_size()
+    search_batch = max(count, min(batch_size, len(data.search) // count * count))
+    search_stream = data.search.stream(search_batch, seed=seed, **processes.share())
 
     first_epoch = 0
     if resume is None:
@@ -210,6 +220,9 @@ def _search(
         first_epoch = state["epoch"] + 1
         run.truncate(first_epoch - 1)
 
+    settings = [asdict(group) for group in (plan.search, plan.weights, plan.method)]
+    same = {"settings": settings, "labels": data.train.labels, "state": method.state_dict()}
+    distributed.check_start(same, batch_size, quiet=quiet)
     steps = len(train_stream)
     train_batches = train_stream.from_step(first_epoch * steps)
     search_batches = search_stream.from_step(first_epoch * steps)
@@ -231,6 +244,7 @@ def _search(
                 progress.step(figures)
             record = {"epoch": epoch, **means.read()}
             trained = time.perf_counter()
+            distributed.average_statistics(method.state_dict())
             record |= method.end_epoch(_Passes(data.search, batch_size))
             broken = [name.replace("_", " ") for name, value in record.items() if not _is_finite(value)]
             if broken:
@@ -238,6 +252,7 @@ def _search(
                     f"{broken[0]} is no longer a number in epoch {epoch + 1}: start again with a smaller --lr; "
                     f"the epochs before it are in {run.path}"
                 )
+            distributed.check_replicas(method.state_dict(), epoch)
             genotype = method.derive()
             if isinstance(genotype, Genotype):
                 skips = {"skips_normal": count_skips(genotype.normal), "skips_reduce": count_skips(genotype.reduce)}
@@ -265,13 +280,14 @@ def _warn_of_collapse(skips: float, genotype: Genotype, progress: Progress) -> N
 
 
 class _Passes:
-    """A split that can be gone through again and again, in order and without augmentation."""
+    """A split that can be gone through again and again, in order and without augmentation; of several processes each
+    gets its part."""
 
     def __init__(self, split: Split, batch_size: int) -> None:
         self.split, self.batch_size = split, batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.split.batches(self.batch_size)
+        return self.split.batches(self.batch_size, **processes.share())
 
 
 def _is_finite(value: Figure) -> bool:
@@ -321,11 +337,10 @@ def main(argv: list[str]) -> int:
     out = arguments.resume or arguments.out or default_run_path(plan.search.method, plan.data.data)
     try:
         result = run_search(plan, out, resume=arguments.resume, quiet=arguments.quiet)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if not (out / "config.toml").exists():
             raise
-        print(f"interrupted; go on with: python -m fastnas.search --resume {shlex.quote(str(out))}", file=sys.stderr)
-        return 130
+        return say_stopped(stop, f"fastnas.search --resume {shlex.quote(str(out))}")
     print(describe_cells(result.genotype))
     print(f"\ngenotype  {result.run.genotype_path}\ndrawing   {result.run.cells_path}\nrun       {result.run.path}")
     genotype, data = shlex.quote(str(result.run.genotype_path)), shlex.quote(plan.data.data)
@@ -355,4 +370,4 @@ def _resumed_plan(folder: Path, flags: Mapping[str, Any], *, preset: str | None,
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, several=True))

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fastnas import processes
 from fastnas._files import replace_file
 from fastnas.errors import UserError
 
@@ -34,10 +35,13 @@ class _Unreadable(Exception):
 def save_checkpoint(path: str | Path, state: dict[str, Any], *, method: str) -> None:
     """Write ``state`` to ``path`` atomically; the checkpoint that was there stays as ``<stem>.prev<suffix>``.
 
+    Of several processes that work as one only the first writes.
     ``state`` may hold tensors, numbers, strings, None, lists, tuples and dicts: what can be read back without
     running code. Anything else raises TypeError naming its place. Raises OSError when the file cannot be
     written; the earlier checkpoints are then as they were.
     """
+    if not processes.is_main():
+        return
     path = Path(path)
     _check_plain(state, "state")
     buffer = io.BytesIO()
