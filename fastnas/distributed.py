@@ -97,17 +97,6 @@ def average(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if tensor is None else next(parts).view_as(tensor).to(tensor.dtype) for tensor in tensors]
 
 
-def with_zeros_for_missing(tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-    """`tensors` with zeros for those that only other ranks have; what no rank has stays None. `like`: their shapes."""
-    if world_size() == 1:
-        return list(tensors)
-    present = _sum(torch.tensor([tensor is not None for tensor in tensors], dtype=torch.int32)).tolist()
-    return [
-        torch.zeros_like(shape) if tensor is None and anywhere else tensor
-        for tensor, shape, anywhere in zip(tensors, like, present, strict=True)
-    ]
-
-
 @torch.no_grad()
 def average_statistics(state: Mapping[str, Any]) -> None:
     """Set the running statistics of batch normalisation in a state dict to their mean over the ranks, in place."""

@@ -91,7 +91,6 @@ class OneShot:
         loss = F.cross_entropy(logits, y)
         parameters, shares = zip(*self.supernet.usage(masks), strict=True)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        gradients = distributed.with_zeros_for_missing(gradients, parameters)  # other ranks keep other paths
         assign_gradients(parameters, with_penalty(gradients, parameters, shares, self.weights.weight_decay))
         torch.nn.utils.clip_grad_norm_(parameters, self.weights.grad_clip)
         self.weight_optimizer.step()
@@ -137,9 +136,12 @@ class OneShot:
 def with_penalty(
     gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], shares: Sequence[float], decay: float
 ) -> list[Tensor | None]:
-    """Gradients of loss + decay / 2 * sum_p share_p |w_p|^2; a parameter whose path nobody kept has none at all."""
+    """Gradients of loss + decay / 2 * sum_p share_p |w_p|^2; a parameter whose path nobody kept has none at all.
+
+    One whose path was kept and led nowhere has the penalty's alone, so that all processes have the same set.
+    """
     return [
-        None if gradient is None or not share else gradient + decay * share * parameter.detach()
+        None if not share else decay * share * parameter.detach() + (0.0 if gradient is None else gradient)
         for gradient, parameter, share in zip(gradients, parameters, shares, strict=True)
     ]
 
