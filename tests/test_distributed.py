@@ -227,6 +227,17 @@ def test_each_process_takes_its_own_gpu(second_of_two, monkeypatch):
         distributed.own_device(torch.device("cuda"))
 
 
+def test_an_automatic_batch_is_what_the_smallest_device_takes_for_each(second_of_two, monkeypatch):
+    class Memory:
+        def automatic_batch(self, images: int) -> int:
+            assert images == 50
+            return 12
+
+    monkeypatch.setattr(distributed, "smallest", lambda number: min(number, 10))
+    plan = search.resolve({"batch_size": "auto"})
+    assert search._with_fitting_batch(plan, Memory(), 100).weights.batch_size == 20
+
+
 def test_batches_that_cannot_be_shared_are_refused(second_of_two, data, tmp_path):
     with pytest.raises(UserError, match="ghost batches of 8 on each of 2 processes"):
         search.main(shlex.split(f"{SEARCH.replace('--batch-size 16', '--batch-size 24')} {data} --out {tmp_path}/a"))

@@ -136,6 +136,11 @@ def check_words() -> None:
     assert distributed.of_main(f"from {processes.rank()}") == "from 0"
     assert distributed.smallest(5 - processes.rank()) == 4
     assert processes.is_main() == (processes.rank() == 0)
+    with distributed.first_of_machine_first():
+        if processes.rank() == 0:
+            time.sleep(0.2)
+            processes.group.store.set("downloaded", "yes")
+        assert processes.group.store.check(["downloaded"])
     with pytest.raises(UserError, match="leave --device at auto"):
         distributed.own_device(torch.device("cuda:1"))
     with processes.alone():
