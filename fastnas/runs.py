@@ -149,8 +149,12 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
     if not isinstance(record.get("epoch"), int):
         raise TypeError(f"a record of {path.name} needs an integer epoch, got {record.get('epoch')!r}")
     line = _line(record)
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.write(line)
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(line)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastnas.cli import ArgumentParser, run_command
+from fastnas.cli import ArgumentParser, resumable, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -319,13 +319,8 @@ def main(argv: list[str]) -> int:
     else:
         plan = _resumed_plan(arguments.resume, flags, preset=arguments.preset, out=arguments.out)
     out = arguments.resume or arguments.out or default_run_path(plan.search.method, plan.data.data)
-    try:
+    with resumable("python -m fastnas.search", out):
         result = run_search(plan, out, resume=arguments.resume, quiet=arguments.quiet)
-    except KeyboardInterrupt:
-        if not (out / "config.toml").exists():
-            raise
-        print(f"interrupted; go on with: python -m fastnas.search --resume {shlex.quote(str(out))}", file=sys.stderr)
-        return 130
     print(describe_cells(result.genotype))
     print(f"\ngenotype  {result.run.genotype_path}\ndrawing   {result.run.cells_path}\nrun       {result.run.path}")
     genotype, data = shlex.quote(str(result.run.genotype_path)), shlex.quote(plan.data.data)
