@@ -37,6 +37,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+MAX_TEXT = 1 << 18  # characters of a settings file; a run's config.toml has about 2,000
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
@@ -182,16 +183,20 @@ class Layer(dict[str, Any]):
 def read_toml(path: str | Path) -> Layer:
     """The settings of a flat TOML file; ``[versions]``, as in a run's config.toml, is left out."""
     try:
-        return _parse_toml(Path(path).read_text(encoding="utf-8"), str(path))
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"cannot read the settings file {path}: {reason}") from error
+    if len(text) > MAX_TEXT:
+        raise UserError(f"{path} is longer than {MAX_TEXT} characters, so it is no settings file")
+    return _parse_toml(text, str(path))
 
 
 def _parse_toml(text: str, source: str) -> Layer:
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and numbers of thousands of digits
         raise UserError(f"{source} is not valid TOML: {error}") from error
     table.pop("versions", None)
     for key, value in table.items():
