@@ -46,7 +46,7 @@ class ArchitectureString:
 
 
 def check_printable(*texts: str) -> None:
-    """Raise UserError for texts that a terminal or a file could not take: control characters, halves of a code point."""
+    """Raise UserError for texts that a terminal or a file could not take: controls, surrogates."""
     for text in texts:
         if not text.isprintable():
             raise UserError(f"genotype: {ascii(text):.60} has characters that cannot be printed")
