@@ -19,7 +19,6 @@ NASBENCH101_CANDIDATES = ("conv3x3", "conv1x1", "maxpool3x3")
 VERTICES, MAX_EDGES = 7, 9
 PAIRS = tuple((source, target) for target in range(1, VERTICES) for source in range(target))  # 21, bit by bit
 TEST_IMAGES = 29952  # of three runs
-NO_VERTEX = 255
 MAX_ROWS = 1_000_000  # the benchmark has 423,624
 
 Cell = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
