@@ -165,9 +165,9 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not line.endswith(b"\n") or not isinstance(record, dict) or "epoch" not in record:
+        if not line.endswith(b"\n") or not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
             break
         records.append(record)
     return records

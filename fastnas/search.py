@@ -88,13 +88,13 @@ def resolve(flags: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> 
         flags["method"] = str(flags["method"]).replace("-", "_")
     layer = dict(base) if base is not None else _preset(preset, flags)
     name = flags.get("method", layer.get("method", DEFAULT_METHOD))
-    merge((SearchSettings,), {"method": name})
+    space = flags.get("space", layer.get("space", SearchSettings.space))
+    merge((SearchSettings,), {"method": name, "space": space})
     if preset is not None and layer.get("method", name) != name:
         raise UserError(f"the preset {preset} is for method {layer['method']}, not {name}: drop --preset or --method")
     groups = (SearchSettings, DataSettings, WeightSettings, RuntimeSettings, METHODS[name].Settings)
     others = {other: method.Settings for other, method in METHODS.items() if other != name}
-    space = flags.get("space", layer.get("space", SearchSettings.space))
-    if space in SPACES and space not in spaces_of(name):
+    if space not in spaces_of(name):
         raise UserError(f"{name} does not search the space {space}: give --space {' or '.join(spaces_of(name))}")
     auto_batch = {**layer, **flags}.get("batch_size") == AUTO
     for chosen in (layer, flags):

@@ -206,10 +206,24 @@ SETTINGS = [
 ]
 
 
+VALUES = [
+    *("0x" + "f" * 5000, "9" * 5000, "9" * 40, "-1", "0", "1e999", "nan", "inf", "true", "[]", "{}", '""', '"none"'),
+    *('"~nobody/x"', '"\\u0000"', "[" * 1000, "[[0x" + "f" * 5000 + "]]", "2020-01-01", '"\\U0010FFFF"', "[1, 2]"),
+]
+
+
+def mutate_setting(content: bytes, rng: random.Random) -> bytes:
+    """One setting gets another value, or the value of another setting."""
+    lines = content.decode().splitlines()
+    at, other = rng.randrange(len(lines)), rng.choice(lines).partition(" = ")[2]
+    lines[at] = f"{lines[at].partition(' = ')[0]} = {rng.choice((rng.choice(VALUES), other))}"
+    return "\n".join(lines).encode()
+
+
 @fuzz
 @given(seed=seeds)
 def test_settings(seed: int, path: Path) -> None:
-    path.write_bytes(case([text.encode() for text in SETTINGS], seed))
+    path.write_bytes(case([text.encode() for text in SETTINGS], seed, mutate_setting))
     accepts(lambda: search.resolve({}, config.read_toml(path)))
 
 
@@ -235,7 +249,8 @@ def test_metrics(seed: int, path: Path) -> None:
     path.with_name(f"{path.name}.d").mkdir(exist_ok=True)
     run = runs.RunFolder(path.with_name(f"{path.name}.d"))
     lines = b"".join(json.dumps({"epoch": epoch, "loss": 2.5, "genotype": "x"}).encode() + b"\n" for epoch in range(3))
-    run.metrics_path.write_bytes(case([lines], seed))
+    values = json.dumps({"epoch": 1.5, "genotype": {"epoch": [1]}}).encode() + b"\n"
+    run.metrics_path.write_bytes(case([lines, lines + values, b"[" * 10_000 + b"\n"], seed))
     run.truncate(1)
     assert all(record["epoch"] <= 1 for record in run.metrics())
     run.metrics_path.unlink()
