@@ -36,7 +36,7 @@ def resident() -> int:
 
 
 def live_tensors() -> tuple[int, int]:
-    """Number and bytes of the tensors that Python reaches; a storage that several share counts once."""
+    """Number and bytes of the tensors made since `settled_heap`; a storage that several share counts once."""
     gc.collect()
     storages = {}
     count = 0
