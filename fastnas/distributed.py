@@ -188,7 +188,7 @@ def _talking() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0].split("] ", 1)[-1].removesuffix(".")
-        raise ProcessLost(f"another process of this run has ended or cannot be reached ({reason})") from error
+        raise ProcessLost(f"error: another process of this run has ended or cannot be reached ({reason})") from error
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -217,11 +217,10 @@ def _end_on_sigterm() -> None:
     def wait() -> None:
         while os.read(read, 1)[0] != signal.SIGTERM:
             pass
+        time.sleep(2)  # the main thread, if it is not stuck, ends in order and says more
         if may_speak():
             text = "error: ended from outside, as torchrun does when another process is lost; go on with --resume RUN"
             print(text, file=sys.stderr, flush=True)
-        else:
-            time.sleep(1)  # the main thread may be about to say something better
         os._exit(1)
 
     threading.Thread(target=wait, name="sigterm", daemon=True).start()

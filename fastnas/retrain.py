@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from torch import nn
 
 from fastnas import distributed, processes
 from fastnas._files import replace_file
-from fastnas.cli import ArgumentParser, run_command, say_stopped
+from fastnas.cli import ArgumentParser, resumable, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
 from fastnas.engine import networks
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -248,12 +247,8 @@ def main(argv: list[str]) -> int:
             )
         plan = resolve(flags, config | {"genotype": str(run.genotype_path)})
     out = arguments.resume or arguments.out or default_run_path("retrain", plan.data.data)
-    try:
+    with resumable("fastnas.retrain", out):
         result = run_retrain(plan, out, resume=arguments.resume, quiet=arguments.quiet)
-    except KeyboardInterrupt as stop:
-        if not (out / "config.toml").exists():
-            raise
-        return say_stopped(stop, f"fastnas.retrain --resume {shlex.quote(str(out))}")
     print(f"test accuracy  {result.test_accuracy:.2%}\nparameters     {result.parameters:,}")
     print(f"run            {result.run.path}")
     return 0

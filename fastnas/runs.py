@@ -156,8 +156,12 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
     if not processes.is_main():
         return
     line = _line(record)
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.write(line)
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(line)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -168,9 +172,9 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not line.endswith(b"\n") or not isinstance(record, dict) or "epoch" not in record:
+        if not line.endswith(b"\n") or not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
             break
         records.append(record)
     return records

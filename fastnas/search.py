@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastnas import distributed, processes
-from fastnas.cli import ArgumentParser, run_command, say_stopped
+from fastnas.cli import ArgumentParser, resumable, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -89,13 +89,13 @@ def resolve(flags: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> 
         flags["method"] = str(flags["method"]).replace("-", "_")
     layer = dict(base) if base is not None else _preset(preset, flags)
     name = flags.get("method", layer.get("method", DEFAULT_METHOD))
-    merge((SearchSettings,), {"method": name})
+    space = flags.get("space", layer.get("space", SearchSettings.space))
+    merge((SearchSettings,), {"method": name, "space": space})
     if preset is not None and layer.get("method", name) != name:
         raise UserError(f"the preset {preset} is for method {layer['method']}, not {name}: drop --preset or --method")
     groups = (SearchSettings, DataSettings, WeightSettings, RuntimeSettings, METHODS[name].Settings)
     others = {other: method.Settings for other, method in METHODS.items() if other != name}
-    space = flags.get("space", layer.get("space", SearchSettings.space))
-    if space in SPACES and space not in spaces_of(name):
+    if space not in spaces_of(name):
         raise UserError(f"{name} does not search the space {space}: give --space {' or '.join(spaces_of(name))}")
     auto_batch = {**layer, **flags}.get("batch_size") == AUTO
     for chosen in (layer, flags):
@@ -335,12 +335,8 @@ def main(argv: list[str]) -> int:
     else:
         plan = _resumed_plan(arguments.resume, flags, preset=arguments.preset, out=arguments.out)
     out = arguments.resume or arguments.out or default_run_path(plan.search.method, plan.data.data)
-    try:
+    with resumable("fastnas.search", out):
         result = run_search(plan, out, resume=arguments.resume, quiet=arguments.quiet)
-    except KeyboardInterrupt as stop:
-        if not (out / "config.toml").exists():
-            raise
-        return say_stopped(stop, f"fastnas.search --resume {shlex.quote(str(out))}")
     print(describe_cells(result.genotype))
     print(f"\ngenotype  {result.run.genotype_path}\ndrawing   {result.run.cells_path}\nrun       {result.run.path}")
     genotype, data = shlex.quote(str(result.run.genotype_path)), shlex.quote(plan.data.data)

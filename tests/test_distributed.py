@@ -5,6 +5,7 @@ Starting a process costs seconds, so few are started; the checks of `tests/two_p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -178,7 +179,9 @@ def test_torchrun_goes_on_with_the_run_of_one_process(data, whole, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(OneShot, "start_epoch", stop_in_the_third)
-        assert search.main(shlex.split(f"{SEARCH} {data} --out {run} --quiet")) == 130
+        with contextlib.suppress(KeyboardInterrupt):
+            search.main(shlex.split(f"{SEARCH} {data} --out {run} --quiet"))
+    assert len(metrics(run)) == 2
     done = torchrun("-m", "fastnas.search", "--resume", str(run))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 4/4") == 1
