@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 LIBRARY := fastnas/_C.abi3.so
 
-.PHONY: search test bench lint docs build
+.PHONY: search test bench lint docs build fuzz sanitize matrix
 .DELETE_ON_ERROR:
 
 search: $(BUILT)
@@ -34,6 +34,16 @@ docs: $(BUILT)
 	@echo "the site: site/index.html"
 
 build: $(BUILT)
+
+# At night: 100,000 cases for each parser, the C++ ops under the sanitizers, and pairs of Python and torch.
+fuzz: $(BUILT)
+	@FASTNAS_FUZZ_CASES=100000 $(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+sanitize: $(BUILT)
+	@tests/sanitize.sh $(BIN)/python $(ARGS)
+
+matrix:
+	@$(PYTHON) tests/matrix.py $(ARGS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -21,18 +21,19 @@ def build_facts() -> dict[str, Any]:
 
 @functools.cache
 def load() -> str | None:
-    """Load the library; returns ``None`` on success, else one sentence that says why it is not there."""
+    """Load the library; returns ``None`` on success, else warns and returns why it is not there."""
     if importlib.util.find_spec("fastnas._C") is None:
         facts = build_facts()
-        reason = facts.get("native_reason") if facts and not facts["native"] else "it was not built"
-        return f"the compiled library fastnas._C is missing: {reason}; {_REBUILD}"
-    try:
-        importlib.import_module("fastnas._C")
-    except ImportError as error:
-        import torch
+        cause = facts.get("native_reason") if facts and not facts["native"] else "it was not built"
+        reason = f"the compiled library fastnas._C is missing: {cause}"
+    else:
+        try:
+            importlib.import_module("fastnas._C")
+            return None
+        except ImportError as error:
+            import torch
 
-        built = build_facts().get("torch", "an unknown version")
-        reason = f"fastnas._C was built for torch {built} and does not load in {torch.__version__} ({error})"
-        warnings.warn(f"{reason}; {_REBUILD}", RuntimeWarning, stacklevel=2)
-        return f"{reason}; {_REBUILD}"
-    return None
+            built = build_facts().get("torch", "an unknown version")
+            reason = f"fastnas._C was built for torch {built} and does not load in {torch.__version__} ({error})"
+    warnings.warn(f"{reason}; plain PyTorch runs instead, slower; {_REBUILD}", RuntimeWarning, stacklevel=2)
+    return f"{reason}; {_REBUILD}"

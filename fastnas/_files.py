@@ -6,12 +6,17 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from fastnas import processes
+
 
 def replace_file(path: Path, chunks: Iterable[bytes], *, keep: Path | None = None) -> None:
     """Write ``chunks`` to ``path`` atomically and durably; the old content, if any, stays under ``keep``.
 
+    Of several processes that work as one only the first writes.
     Raises OSError naming ``path``; the old file is then untouched and no temporary file is left.
     """
+    if not processes.is_main():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:

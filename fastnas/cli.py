@@ -1,21 +1,32 @@
 """What all command lines share: the parser, and errors as one clear line with an exit code.
 
-Exit codes: 0 done, 1 something broke, 2 wrong input, 130 interrupted.
+Exit codes: 0 done, 1 something broke, 2 wrong input, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shlex
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
-from fastnas.errors import UserError, did_you_mean, is_out_of_memory
+from fastnas import processes
+from fastnas.errors import UserError, did_you_mean, is_disk_full, is_lost_worker, is_out_of_memory
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised like Ctrl-C so that files are closed and temporary ones removed."""
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -39,7 +50,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.split())
-        self.exit(2, f"error: {message.removesuffix('.')}; see {self.prog} --help\n")
+        text = f"error: {message.removesuffix('.')}; see {self.prog} --help\n"
+        self.exit(2, text if processes.may_speak() else None)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         namespace, unknown = self.parse_known_args(args, namespace)
@@ -50,22 +62,35 @@ class ArgumentParser(argparse.ArgumentParser):
         return namespace
 
 
-def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> NoReturn:
+def run_command(
+    main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None, *, several: bool = False
+) -> NoReturn:
     """Run ``main(arguments)``, the command line by default, and exit.
 
-    A UserError is printed as one line and exits with 2, an interrupt with 130, any other exception with 1.
-    ``--debug`` among the arguments adds the traceback. Warnings are printed as one line too.
+    ``several``: whether the command works as one of several processes that torchrun starts; of their errors one is
+    printed.
+
+    A UserError is printed as one line and exits with 2, an interrupt with 130, SIGTERM with 143, any other exception
+    with 1. ``--debug`` among the arguments adds the traceback. Warnings are printed as one line too.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     if not debug:
         warnings.showwarning = _show_warning
     try:
-        code = main(arguments) or 0
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        _say("interrupted")
-        code = 130
+        processes.start()
+        if processes.world_size() > 1 and not several:
+            raise UserError("this command runs as one process: start it with python -m, without torchrun")
+        with _terminable():
+            code = main(arguments) or 0
+            sys.stdout.flush()
+        if code == 0:
+            processes.finish()
+    except SystemExit as stop:  # of the parser
+        code = stop.code
+    except KeyboardInterrupt as stop:
+        words, code = _stopped(stop)
+        _say("; ".join([*words, *map(str, stop.args)]))
     except BrokenPipeError:
         # The reader of a pipe, such as head, is gone; or else Python complains again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,12 +101,72 @@ def run_command(main: Callable[[list[str]], int | None], arguments: Sequence[str
         hint = "" if debug or isinstance(error, UserError) else "; run again with --debug for the traceback"
         _say(f"error: {_explain(error)}{hint}")
         code = 2 if isinstance(error, UserError) else 1
+    if processes.group is not None:
+        sys.stdout.flush()
+        os._exit(code)  # an orderly exit would wait for processes that may be gone
     sys.exit(code)
+
+
+def _stopped(stop: KeyboardInterrupt) -> tuple[list[str], int]:
+    """What to say before the arguments of `stop`, and the exit code."""
+    if isinstance(stop, processes.ProcessLost):
+        return [], 1
+    if isinstance(stop, Terminated):
+        return ["terminated" if processes.group is None else "terminated, perhaps for the loss of another process"], 143
+    return ["interrupted"], 130
+
+
+@contextlib.contextmanager
+def resumable(command: str, folder: Path) -> Iterator[None]:
+    """Inside, what stops the run in ``folder`` from outside says with which command it goes on.
+
+    That is Ctrl-C and SIGTERM, a full disk, and the loss of a process that reads images. ``command``: as in
+    ``"fastnas.search"``.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        problem = _from_outside(error)
+        interrupt = isinstance(error, KeyboardInterrupt)
+        if problem is None and not interrupt or not (folder / "checkpoint.pt").exists():
+            raise
+        go_on = f"go on with: {processes.launcher()} -m {command} --resume {shlex.quote(str(folder))}"
+        if interrupt:
+            raise type(error)(*error.args, go_on) from error
+        raise UserError(f"{problem}, then {go_on}") from error
+
+
+def _from_outside(error: BaseException) -> str | None:
+    """What happened to the machine and what to do about it; None for an error of another kind."""
+    if is_disk_full(error):
+        return f"the disk is full, {error.filename or 'a file'} could not be written: free some space"
+    if is_lost_worker(error):
+        return "a process that reads images was killed, perhaps for lack of memory: free some, or give fewer --workers"
+    return None
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explain(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
+    if problem := _from_outside(error):
+        return problem
     if is_out_of_memory(error):
         return "out of memory: give a smaller --batch-size, fewer --channels or --cells, or free the device"
     text = str(error).removesuffix(".")
@@ -89,8 +174,10 @@ def _explain(error: Exception) -> str:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    _say(f"warning: {message}")
+    if processes.is_main():
+        print(*f"warning: {message}".split(), file=sys.stderr, flush=True)
 
 
 def _say(text: str) -> None:
-    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    if processes.may_speak():
+        print(" ".join(text.split()), file=sys.stderr, flush=True)

@@ -38,6 +38,8 @@ else:
     import tomli as tomllib
 
 RECORDS = ("versions", "hashes")  # tables of a run's config.toml that record, and set nothing
+MAX_INTEGER = 2**63 - 1
+MAX_TEXT = 1 << 18  # characters of a settings file; a run's config.toml has about 2,000
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
@@ -89,14 +91,19 @@ class _Setting:
         if not self.many:
             return self._check_one(value)
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{self.flag} must be a list, got {value!r}")
+            raise UserError(f"{self.flag} must be a list, got {_shown(value)}")
         return tuple(self._check_one(element) for element in value)
 
     def _check_one(self, value: Any) -> Any:
+        if type(value) is int and abs(value) > MAX_INTEGER:
+            raise UserError(f"{self.flag} must be at most {MAX_INTEGER}, got {_shown(value)}")
         if self.kind is float and type(value) is int:
             value = float(value)
         elif self.kind is Path and isinstance(value, str):
-            value = Path(value).expanduser()
+            try:
+                value = Path(value).expanduser()
+            except RuntimeError:
+                raise UserError(f"{self.flag}: {value!r} names the home of a user who is not known here") from None
         choices, minimum = self.limits.get("choices"), self.limits.get("minimum")
         maximum, above = self.limits.get("maximum"), self.limits.get("above")
         wanted = ""
@@ -113,10 +120,18 @@ class _Setting:
         elif above is not None and value <= above:
             wanted = f"above {above}"
         if wanted:
-            hint = did_you_mean(str(value), map(str, choices or ()))
+            hint = did_you_mean(value, map(str, choices or ())) if isinstance(value, str) else ""
             in_list = "each of " if self.many else ""
-            raise UserError(f"{in_list}{self.flag} must be {wanted}, got {value!r}{hint}")
+            raise UserError(f"{in_list}{self.flag} must be {wanted}, got {_shown(value)}{hint}")
         return value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; Python writes no numbers of more than 4,300 digits."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _settings(cls: type) -> dict[str, _Setting]:
@@ -183,16 +198,20 @@ class Layer(dict[str, Any]):
 def read_toml(path: str | Path) -> Layer:
     """The settings of a flat TOML file; the tables of a run's config.toml that are none (`RECORDS`) are left out."""
     try:
-        return _parse_toml(Path(path).read_text(encoding="utf-8"), str(path))
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MAX_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"cannot read the settings file {path}: {reason}") from error
+    if len(text) > MAX_TEXT:
+        raise UserError(f"{path} is longer than {MAX_TEXT} characters, so it is no settings file")
+    return _parse_toml(text, str(path))
 
 
 def _parse_toml(text: str, source: str) -> Layer:
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and numbers of thousands of digits
         raise UserError(f"{source} is not valid TOML: {error}") from error
     for name in RECORDS:
         table.pop(name, None)

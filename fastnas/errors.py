@@ -1,9 +1,11 @@
-"""The error for a person's wrong input, the hint that names the nearest right word, and how memory runs out."""
+"""The error for a person's wrong input, the hint that names the nearest right word, and failures of the machine."""
 
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 class UserError(ValueError):
@@ -26,3 +28,13 @@ def is_out_of_memory(error: Exception) -> bool:
     # GPU: torch.OutOfMemoryError, by name so that torch need not be imported; CPU: a bare RuntimeError.
     on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu
+
+
+def is_disk_full(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a file could not grow: no space, no quota, or a limit on its size."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether a process of PyTorch's data loader died; its signal handler raises that wherever the program is."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")

@@ -22,9 +22,9 @@ def look_up(genotype: str, table: Path) -> dict[str, float]:
     """
     found = load_genotype(genotype)
     if isinstance(found, ArchitectureString) and found.space == Nasbench201Space.name:
-        row = read_nasbench201(table).get(Nasbench201Space().text(found.string))
+        row = read_nasbench201(table).get(Nasbench201Space().decode(found.string).notation())
     elif isinstance(found, ArchitectureString) and found.space == Nasbench101Space.name:
-        row = Nasbench101Table.read(table).row(found.string)
+        row = Nasbench101Table.read(table).row(Nasbench101Space().decode(found.string).string)
     else:
         raise UserError(f"the table holds cells of a benchmark, and {genotype} is of the space {found.space}")
     if row is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from math import prod
 
+from fastnas import processes
 from fastnas.methods import WeightSettings
 from fastnas.profiler.fit import SMALLEST_BATCH, free_memory
 from fastnas.profiler.sizes import format_size
@@ -51,13 +52,14 @@ class SearchMemory:
             peak = self.subject.predict().peak
         except Exception:
             return f"{name} had a batch of {batch}: give a smaller --batch-size"
-        text = f"{name} needs {format_size(peak)} by prediction with a batch of {batch}"
+        each = " on each process" if processes.world_size() > 1 else ""
+        text = f"{name} needs {format_size(peak)} by prediction with a batch of {batch}{each}"
         if self.free is None:
             return f"{text}: give a smaller --batch-size"
         fits = self.subject.largest_batch(int(AUTO_SHARE * self.free), maximum=batch - 1)
         advice = "even the smallest batch needs more: give fewer --channels or --cells"
         if fits is not None:
-            advice = f"--batch-size {fits} would fit, and --batch-size auto finds it"
+            advice = f"--batch-size {fits * processes.world_size()} would fit, and --batch-size auto finds it"
         return f"{text}, and {format_size(self.free)} were free: {advice}"
 
     def _is_surely_small(self, batch_size: int) -> bool:

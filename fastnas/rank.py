@@ -2,7 +2,8 @@
 
 Each line of the output holds an architecture, its accuracy on the search half with the shared weights, its divergence
 from nearly complete architectures (`fastnas.methods.one_shot`) and its size. Several processes share the work: shard i
-of n takes every n-th architecture. The same command goes on where it was stopped.
+of n takes every n-th architecture, and under torchrun each process is a shard. The same command goes on where it was
+stopped, also with another number of shards.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 
+from fastnas import distributed, processes
+from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.data import Data
 from fastnas.engine.checkpoint import load_checkpoint
@@ -162,16 +165,13 @@ def run_rank(folder: Path, samples: int, shard: int, shards: int, *, quiet: bool
     run = open_run(folder, threads=settings.pop("threads", None))
     path = shard_path(folder, shard, shards)
     path.parent.mkdir(exist_ok=True)
-    head = path.with_suffix(".settings.json")
     text = json.dumps(settings, sort_keys=True) + "\n"
-    if head.exists() and head.read_text() != text:
-        raise UserError(
-            f"{path} was made with {head.read_text().strip()}: give the same settings, or remove {path.parent}"
-        )
-    head.write_text(text)
-    done = _whole_lines(path)
-    path.write_text("".join(json.dumps(record) + "\n" for record in done))
-    known = {record["index"] for record in done}
+    for head in path.parent.glob("*.settings.json"):
+        if head.read_text() != text:
+            raise UserError(f"{head} says {head.read_text().strip()}: give the same settings, or remove {path.parent}")
+    replace_file(path.with_suffix(".settings.json"), [text.encode()])
+    path.write_text("".join(json.dumps(record) + "\n" for record in _whole_lines(path)))
+    known = {record["index"] for shard in path.parent.glob("shard-*.jsonl") for record in _whole_lines(shard)}
     todo = [index for index in range(shard, samples, shards) if index not in known]
     with path.open("a", encoding="utf-8") as file, Progress(1, max(1, len(todo)), quiet=quiet) as progress:
         progress.start_epoch(0)
@@ -198,7 +198,9 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of a One-Shot search")
     parser.add_argument("--samples", type=int, default=1000, metavar="N", help="architectures of all shards [1000]")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="this process's part, counted from 0 [0/1]")
+    parser.add_argument(
+        "--shard", metavar="I/N", help="this process's part, counted from 0 [0/1; with torchrun the process's number]"
+    )
     parser.add_argument("--images", type=int, metavar="N", help="images of the search half that score each [all]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the architectures [0]")
     parser.add_argument("--threads", type=int, help="CPU threads [those of the search]")
@@ -212,17 +214,23 @@ def main(argv: list[str]) -> int:
     for name in ("samples", "images", "threads"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"{name} must be at least 1, got {getattr(arguments, name)}")
-    shard, shards = _shard(arguments.shard)
-    run_rank(
-        arguments.run,
-        arguments.samples,
-        shard,
-        shards,
-        quiet=arguments.quiet,
-        seed=arguments.seed,
-        images=arguments.images,
-        threads=arguments.threads,
-    )
+    shard, shards = processes.rank(), processes.world_size()
+    if arguments.shard is not None:
+        if shards > 1:
+            raise UserError("torchrun shares the architectures out by itself: leave out --shard")
+        shard, shards = _shard(arguments.shard)
+    with processes.alone():
+        run_rank(
+            arguments.run,
+            arguments.samples,
+            shard,
+            shards,
+            quiet=arguments.quiet,
+            seed=arguments.seed,
+            images=arguments.images,
+            threads=arguments.threads,
+        )
+    distributed.wait_for_all()
     ranking = read_ranking(arguments.run)
     for record in islice(ranking, arguments.top):
         string = ",".join(map(str, record["string"]))
@@ -232,4 +240,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, several=True))

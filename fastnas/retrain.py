@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastnas import distributed, processes
 from fastnas._files import replace_file
-from fastnas.cli import ArgumentParser, run_command
+from fastnas.cli import ArgumentParser, resumable, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data
 from fastnas.engine import networks
@@ -29,7 +30,7 @@ from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastnas.engine.derived import DerivedNetwork
 from fastnas.engine.retraining import PRECISIONS, SCHEDULES, Arithmetic, WeightAverage, learning_rate
 from fastnas.engine.stems import STEMS
-from fastnas.engine.training import Means, accuracy, evaluate, set_learning_rate
+from fastnas.engine.training import Means, accuracy, average_gradients, evaluate, set_learning_rate
 from fastnas.errors import UserError
 from fastnas.hashes import run_hashes
 from fastnas.profiler.counts import Counts
@@ -147,7 +148,7 @@ def run_retrain(
     optimizer = torch.optim.SGD(
         network.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
     )
-    stream = data.train_and_search.stream(settings.batch_size, seed=plan.runtime.seed)
+    stream = data.train_and_search.stream(settings.batch_size, seed=plan.runtime.seed, **processes.share())
 
     first_epoch = 0
     if resume is None:
@@ -174,14 +175,18 @@ def run_retrain(
         run.truncate(first_epoch - 1)
 
     cross_entropy = partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
+    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    same = {"settings": asdict(settings), "labels": data.train_and_search.labels, "state": state}
+    distributed.check_start(same, settings.batch_size, quiet=quiet)
     steps = len(stream)
     batches = stream.from_step(first_epoch * steps)
     with Progress(settings.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress:
         for epoch in range(first_epoch, settings.epochs):
             started = time.perf_counter()
             progress.start_epoch(epoch)
-            # Drop path draws from PyTorch's generator: seeded by the epoch, so that resuming needs no state of it.
-            torch.manual_seed((plan.runtime.seed * 1_000_003 + epoch) % 2**63)
+            # Drop path draws from PyTorch's generator: seeded by the epoch, so that resuming needs no state of it, and
+            # by the rank, whose images are others.
+            torch.manual_seed(((plan.runtime.seed + (processes.rank() << 32)) * 1_000_003 + epoch) % 2**63)
             rate = learning_rate(
                 epoch,
                 settings.epochs,
@@ -207,6 +212,7 @@ def run_retrain(
                     loss = loss + settings.auxiliary_weight * cross_entropy(auxiliary_logits.float(), y)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                average_gradients(list(network.parameters()))
                 torch.nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
                 optimizer.step()
                 if average is not None:
@@ -219,6 +225,10 @@ def run_retrain(
                     f"the training loss is no longer a number in epoch {epoch + 1}: start again with a smaller --lr; "
                     f"the epochs before it are in {run.path}"
                 )
+            replicas = {"network": network.state_dict(), "average": {} if average is None else average.state}
+            for state in replicas.values():
+                distributed.average_statistics(state)
+            distributed.check_replicas(replicas, epoch)
             run.append_metrics(record)
             run.append_timing({"epoch": epoch, "train_s": time.perf_counter() - started})
             _save(run, epoch, network, optimizer, average)
@@ -227,7 +237,7 @@ def run_retrain(
     if average is not None:
         network.load_state_dict(average.state)
     network.eval()
-    figures = evaluate(network, data.test.batches(settings.batch_size))
+    figures = evaluate(network, data.test.batches(settings.batch_size, **processes.share()))
     result = RetrainResult(figures["accuracy"], figures["loss"], counts.parameters, counts.multiply_adds, run)
     summary = {key: value for key, value in vars(result).items() if key != "run"}
     replace_file(run.path / "result.json", [(json.dumps(summary) + "\n").encode()])
@@ -307,13 +317,8 @@ def main(argv: list[str]) -> int:
             )
         plan = resolve(flags, config | {"genotype": str(run.genotype_path)})
     out = arguments.resume or arguments.out or default_run_path("retrain", plan.data.data)
-    try:
+    with resumable("fastnas.retrain", out):
         result = run_retrain(plan, out, resume=arguments.resume, quiet=arguments.quiet)
-    except KeyboardInterrupt:
-        if not (out / "config.toml").exists():
-            raise
-        print(f"interrupted; go on with: python -m fastnas.retrain --resume {shlex.quote(str(out))}", file=sys.stderr)
-        return 130
     print(f"test accuracy  {result.test_accuracy:.2%}\nparameters     {result.parameters:,}")
     print(f"multiply-adds  {result.multiply_adds:,} an image")
     print(
@@ -323,4 +328,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, several=True))

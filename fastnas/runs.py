@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastnas import processes
 from fastnas._files import replace_file
 from fastnas.config import dump_toml, read_toml
 from fastnas.errors import UserError
@@ -23,15 +24,17 @@ class _HasJson(Protocol):
 def default_run_path(method: str, data: str, *, root: str | Path = "runs") -> Path:
     """``runs/<method>-<data>-<YYYYMMDD-HHMMSS>``, with a number after it when that name is taken.
 
-    Of ``folder:PATH`` and ``npz:PATH`` only the kind goes into the name.
+    Of ``folder:PATH`` and ``npz:PATH`` only the kind goes into the name. Several processes get one path.
     """
+    from fastnas import distributed
+
     stem = f"{method}-{data.partition(':')[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = Path(root) / stem
     number = 2
     while path.exists():
         path = Path(root) / f"{stem}-{number}"
         number += 1
-    return path
+    return distributed.of_main(path)
 
 
 class RunFolder:
@@ -51,6 +54,8 @@ class RunFolder:
         Raises UserError when the folder holds something already or cannot be made.
         """
         run = cls(path)
+        if not processes.is_main():
+            return run
         if run.config_path.exists():
             raise UserError(f"{run.path} holds a run: go on with --resume {run.path}, or give another --out")
         try:
@@ -156,9 +161,15 @@ def _finite(value: Any) -> Any:
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     if not isinstance(record.get("epoch"), int):
         raise TypeError(f"a record of {path.name} needs an integer epoch, got {record.get('epoch')!r}")
+    if not processes.is_main():
+        return
     line = _line(record)
-    with open(path, "a", encoding="utf-8", newline="\n") as file:
-        file.write(line)
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(line)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
@@ -169,9 +180,9 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not line.endswith(b"\n") or not isinstance(record, dict) or "epoch" not in record:
+        if not line.endswith(b"\n") or not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
             break
         records.append(record)
     return records

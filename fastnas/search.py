@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fastnas.cli import ArgumentParser, run_command
+from fastnas import distributed, processes
+from fastnas.cli import ArgumentParser, resumable, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -92,13 +93,13 @@ def resolve(flags: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> 
         flags["method"] = str(flags["method"]).replace("-", "_")
     layer = dict(base) if base is not None else _preset(preset, flags)
     name = flags.get("method", layer.get("method", DEFAULT_METHOD))
-    merge((SearchSettings,), {"method": name})
+    space = flags.get("space", layer.get("space", SearchSettings.space))
+    merge((SearchSettings,), {"method": name, "space": space})
     if preset is not None and layer.get("method", name) != name:
         raise UserError(f"the preset {preset} is for method {layer['method']}, not {name}: drop --preset or --method")
     groups = (SearchSettings, DataSettings, WeightSettings, RuntimeSettings, METHODS[name].Settings)
     others = {other: method.Settings for other, method in METHODS.items() if other != name}
-    space = flags.get("space", layer.get("space", SearchSettings.space))
-    if space in SPACES and space not in spaces_of(name):
+    if space not in spaces_of(name):
         raise UserError(f"{name} does not search the space {space}: give --space {' or '.join(spaces_of(name))}")
     auto_batch = {**layer, **flags}.get("batch_size") == AUTO
     for chosen in (layer, flags):
@@ -150,10 +151,17 @@ def search_step(
 
 def _with_fitting_batch(plan: Plan, memory: SearchMemory, images: int) -> Plan:
     """The plan with a number where its batch size is `auto`."""
-    batch_size = memory.automatic_batch(images)
-    if batch_size is None:
+    count = processes.world_size()
+    batch_size = distributed.smallest(memory.automatic_batch(images // count) or 0)
+    if not batch_size:
         raise UserError("no batch fits into the free memory: give fewer --channels or --cells")
-    return replace(plan, weights=replace(plan.weights, batch_size=batch_size), auto_batch=False)
+    return replace(plan, weights=replace(plan.weights, batch_size=count * batch_size), auto_batch=False)
+
+
+def _memory(plan: Plan, classes: int, image: tuple[int, ...], device: torch.device) -> SearchMemory:
+    """The memory of one process's part of a planned search."""
+    part = replace(plan.weights, batch_size=plan.weights.batch_size // processes.world_size())
+    return SearchMemory(search_step(replace(plan, weights=part), classes, image, device), part)
 
 
 def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = None, quiet: bool = False) -> SearchResult:
@@ -173,12 +181,12 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
         train_fraction=plan.search.train_fraction,
     )
     image = (data.channels, data.image_size, data.image_size)
-    memory = SearchMemory(search_step(plan, data.num_classes, image, device), plan.weights)
+    memory = _memory(plan, data.num_classes, image, device)
     if plan.auto_batch:
         plan = _with_fitting_batch(plan, memory, len(data.train))
-        if not quiet:
+        if not quiet and processes.is_main():
             print(f"batch size  {plan.weights.batch_size}", file=sys.stderr)
-        memory = SearchMemory(search_step(plan, data.num_classes, image, device), plan.weights)
+        memory = _memory(plan, data.num_classes, image, device)
     memory.warn()
     try:
         return _search(plan, data, device, out, resume=resume, quiet=quiet)
@@ -193,8 +201,10 @@ def _search(
 ) -> SearchResult:
     method = build_method(plan, data.num_classes, data.channels, device, data.image_size)
     batch_size, seed = plan.weights.batch_size, plan.runtime.seed
-    train_stream = data.train.stream(batch_size, seed=seed)
-    search_stream = data.search.stream(max(1, min(batch_size, len(data.search))), seed=seed)
+    train_stream = data.train.stream(batch_size, seed=seed, **processes.share())
+    count = processes.world_size()
+    search_batch = max(count, min(batch_size, len(data.search) // count * count))
+    search_stream = data.search.stream(search_batch, seed=seed, **processes.share())
 
     first_epoch = 0
     if resume is None:
@@ -215,6 +225,9 @@ def _search(
         first_epoch = state["epoch"] + 1
         run.truncate(first_epoch - 1)
 
+    settings = [asdict(group) for group in (plan.search, plan.weights, plan.method)]
+    same = {"settings": settings, "labels": data.train.labels, "state": method.state_dict()}
+    distributed.check_start(same, batch_size, quiet=quiet)
     steps = len(train_stream)
     train_batches = train_stream.from_step(first_epoch * steps)
     search_batches = search_stream.from_step(first_epoch * steps)
@@ -241,6 +254,7 @@ def _search(
                 progress.step(figures)
             record = {"epoch": epoch, **means.read()}
             trained = time.perf_counter()
+            distributed.average_statistics(method.state_dict())
             record |= method.end_epoch(_Passes(data.search, batch_size))
             broken = [name.replace("_", " ") for name, value in record.items() if not _is_finite(value)]
             if broken:
@@ -249,6 +263,7 @@ def _search(
                     f"{broken[0]} is no longer a number in epoch {epoch + 1}: start again with a smaller --lr; "
                     f"the epochs before it are in {run.path}"
                 )
+            distributed.check_replicas(method.state_dict(), epoch)
             genotype = method.derive()
             cells = skips_and_edges(genotype)
             record = {f"skips_{kind}": skips for kind, (skips, _) in cells.items()} | record
@@ -278,13 +293,14 @@ def _warn_of_collapse(skips: float, edges: int, progress: Progress) -> None:
 
 
 class _Passes:
-    """A split that can be gone through again and again, in order and without augmentation."""
+    """A split that can be gone through again and again, in order and without augmentation; of several processes each
+    gets its part."""
 
     def __init__(self, split: Split, batch_size: int) -> None:
         self.split, self.batch_size = split, batch_size
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.split.batches(self.batch_size)
+        return self.split.batches(self.batch_size, **processes.share())
 
 
 def _is_finite(value: Figure) -> bool:
@@ -343,13 +359,8 @@ def main(argv: list[str]) -> int:
     else:
         plan = _resumed_plan(arguments.resume, flags, preset=arguments.preset, out=arguments.out)
     out = arguments.resume or arguments.out or default_run_path(plan.search.method, plan.data.data)
-    try:
+    with resumable("fastnas.search", out):
         result = run_search(plan, out, resume=arguments.resume, quiet=arguments.quiet)
-    except KeyboardInterrupt:
-        if not (out / "config.toml").exists():
-            raise
-        print(f"interrupted; go on with: python -m fastnas.search --resume {shlex.quote(str(out))}", file=sys.stderr)
-        return 130
     print(describe_cells(result.genotype))
     print(f"\ngenotype  {result.run.genotype_path}\nreport    {result.run.report_path}\nrun       {result.run.path}")
     genotype, data = shlex.quote(str(result.run.genotype_path)), shlex.quote(plan.data.data)
@@ -379,4 +390,4 @@ def _resumed_plan(folder: Path, flags: Mapping[str, Any], *, preset: str | None,
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, several=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastnas import data
+from fastnas import data, distributed, processes
 from fastnas.config import option
 from fastnas.errors import UserError
 
@@ -45,7 +46,11 @@ class RuntimeSettings:
 
 
 def prepare(runtime: RuntimeSettings) -> torch.device:
-    """Seed, set threads and determinism, and pick the device. Raises UserError for a device that is not there."""
+    """Seed, set threads and determinism, and pick the device; of several processes each takes its own GPU.
+
+    Raises UserError for a device that is not there.
+    """
+    processes.start()
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     if runtime.deterministic:
@@ -55,10 +60,10 @@ def prepare(runtime: RuntimeSettings) -> torch.device:
         torch.backends.cudnn.benchmark = False  # it picks algorithms by their time
     torch.manual_seed(runtime.seed)
     if runtime.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return distributed.own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", runtime.device):
         raise UserError(f"device must be auto, cpu, cuda or cuda:N, got {runtime.device!r}")
-    device = torch.device(runtime.device)
+    device = distributed.own_device(torch.device(runtime.device))
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -76,16 +81,17 @@ def load_data(
     train_fraction: float | None = None,
 ) -> data.Data:
     """The data set with its seeded three-way split, on `device` if it fits there."""
-    return data.load(
-        settings.data,
-        settings.data_dir,
-        seed=runtime.seed,
-        search_fraction=search_fraction,
-        train_fraction=train_fraction,
-        device=device,
-        download=settings.download,
-        image_size=settings.image_size,
-        cutout=settings.cutout,
-        workers=settings.workers,
-        num_classes=settings.num_classes,
-    )
+    with distributed.first_of_machine_first() if settings.download else contextlib.nullcontext():
+        return data.load(
+            settings.data,
+            settings.data_dir,
+            seed=runtime.seed,
+            search_fraction=search_fraction,
+            train_fraction=train_fraction,
+            device=device,
+            download=settings.download,
+            image_size=settings.image_size,
+            cutout=settings.cutout,
+            workers=settings.workers,
+            num_classes=settings.num_classes,
+        )

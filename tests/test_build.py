@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -65,3 +66,15 @@ def test_the_build_is_recorded() -> None:
     assert facts["native"] is True
     assert "csrc/ops/mixed_sum.cpp" in facts["sources"]
     assert {"torch", "torch_target", "compiler", "cuda", "cuda_reason"} <= set(facts)
+
+
+def test_without_a_compiler_the_package_is_built_and_says_what_it_lacks(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path)]
+    env = {**os.environ, "CXX": "no-such-compiler"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    built = tmp_path / "lib" / "fastnas"
+    assert not list(built.glob("_C*")) and (built / "kernels" / "mixed_sum.py").exists()
+    facts = json.loads((built / "_build.json").read_text())
+    assert facts["native"] is False and "no C++ compiler found" in facts["native_reason"]

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 
-from fastnas.cli import ArgumentParser, run_command
+from fastnas.cli import ArgumentParser, Terminated, run_command
 from fastnas.errors import UserError
 
 NEAREST = "error: unknown argument {}; did you mean '--batch-size'; see search --help"
@@ -53,7 +53,13 @@ def test_arguments_reach_main(capsys):
         (KeyboardInterrupt(), 130, "interrupted"),
         (KeyError("lr"), 1, "error: KeyError: 'lr'; run again with --debug for the traceback"),
         (ValueError(""), 1, "error: ValueError; run again with --debug for the traceback"),
-        (OSError(28, "No space left", "a.pt"), 1, "error: OSError: [Errno 28] No space left: 'a.pt'; run"),
+        (OSError(5, "Input/output error", "a.pt"), 1, "error: OSError: [Errno 5] Input/output error: 'a.pt'; run"),
+        (
+            OSError(28, "No space left", "a.pt"),
+            1,
+            "error: the disk is full, a.pt could not be written: free some space",
+        ),
+        (Terminated(), 143, "terminated"),
         (torch.OutOfMemoryError("CUDA ..."), 1, "error: out of memory: give a smaller --batch-size"),
         (MemoryError(), 1, "error: out of memory: give a smaller --batch-size"),
     ],

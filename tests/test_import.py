@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,9 +53,11 @@ def test_works_without_the_compiled_library() -> None:
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "fastnas._C" else find(name, *a)
-import torch, fastnas
-from fastnas import _backends
-print({row.backend for row in _backends.table()})
+import torch, fastnas, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from fastnas import _backends
+    print({row.backend for row in _backends.table()}, len(caught), caught[0].message)
 y = fastnas.mixed_sum([torch.ones(2), torch.ones(2)], torch.tensor([1.0, 2.0]))
 try:
     with fastnas.backend("native"):
@@ -63,7 +66,8 @@ except ValueError as error:
     print(y.tolist(), error)
 """
     lines = run(code).splitlines()
-    assert lines[0] == "{'reference'}"
+    assert lines[0].startswith("{'reference'} 1 the compiled library fastnas._C is missing: ")
+    assert "plain PyTorch runs instead, slower; build it with: pip install" in lines[0]
     assert lines[1].startswith("[3.0, 3.0] backend 'native' asked for")
     assert "fastnas._C is missing" in lines[1]
 
@@ -85,3 +89,38 @@ with warnings.catch_warnings(record=True) as caught:
 print(len(caught), torch.__version__ in reason, "was built for torch" in reason, "undefined symbol" in reason)
 """
     assert run(code) == "1 True True True"
+
+
+BLOCK = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in BLOCKED else find(name, *rest))
+"""
+
+
+def test_works_without_torchvision_and_triton(tmp_path: Path) -> None:
+    """A search runs; data sets that need torchvision say so, and cuda says that triton is missing."""
+    for name in (f"class{index % 2}/{index}.png" for index in range(10)):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(b"")
+    code = f"""
+BLOCKED = {{"torchvision", "triton", "onnx", "safetensors", "tensorboard"}}
+{BLOCK}
+from pathlib import Path
+from fastnas import _backends, data, search
+from fastnas.data import folder
+folder.RESIDENT_LIMIT = 0
+print(_backends._problem("triton", "mixed_sum", "cuda"))
+for spec in ("cifar10", "folder:{tmp_path / "images"}"):
+    try:
+        data.load(spec, image_size=8)
+    except ValueError as error:
+        print(error)
+small = {{"epochs": 1, "channels": 4, "cells": 3, "nodes": 2, "threads": 1, "batch_size": 256, "method": "darts"}}
+print(search.run_search(search.resolve(small), Path("{tmp_path}") / "run", quiet=True).genotype.rule)
+"""
+    lines = run(code).splitlines()
+    assert lines[0] == "triton is not installed"
+    assert lines[1].startswith("cifar10 needs a torchvision that fits this torch (No module named 'torchvision')")
+    assert "streaming it needs a torchvision that fits this torch" in lines[2] and "pip install torchvision" in lines[2]
+    assert lines[3] == "top2"

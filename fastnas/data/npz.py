@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastnas._npz import read_arrays
 from fastnas.data.source import Arrays
 from fastnas.data.splits import hold_out
 from fastnas.errors import UserError
@@ -46,16 +46,13 @@ def _read_arrays(path: Path) -> tuple[dict[str, np.ndarray], str]:
     """The arrays with a known name, and the names of all that are there. Others are not read."""
     if not path.is_file():
         raise UserError(f"no file {path}: check the path after npz:")
-    wanted = ("x_train", "y_train", "x_test", "y_test", "x", "y")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is not an npz archive")
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in wanted if name in archive.files}
-            return arrays, ", ".join(archive.files) or "none"
-    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        arrays, names = read_arrays(path, ("x_train", "y_train", "x_test", "y_test", "x", "y"), limit=memory)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot read {path}: {reason}; write it with numpy.savez from plain arrays") from error
+    return arrays, ", ".join(names) or "none"
 
 
 def _images(path: Path, name: str, arrays: dict[str, np.ndarray]) -> Tensor:

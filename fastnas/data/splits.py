@@ -77,3 +77,8 @@ def check_batch_size(batch_size: int, rows: int, name: str, world_size: int = 1,
             f"batch size {batch_size} cannot be shared equally by {world_size} processes: "
             f"use a multiple of {world_size}"
         )
+    if whole and world_size > 1 and batch_size < 2 * world_size:
+        raise UserError(
+            f"batch size {batch_size} leaves each of {world_size} processes one image, and batch normalisation needs "
+            f"two: use at least {2 * world_size}"
+        )

@@ -85,13 +85,14 @@ class Split:
             raise ValueError("drop_last=False cannot be shared equally by several ranks")
         return Stream(self, batch_size, seed, augment, drop_last, rank, world_size)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """One ordered pass without augmentation: (x, y) as in `Stream.from_step`, the last batch smaller.
 
+        The whole batches are dealt out to `world_size` ranks in turn.
         Raises UserError for a batch size below 1 or an empty split.
         """
         check_batch_size(batch_size, len(self), self.name, whole=False)
-        return self.fetch(Plan(rows) for rows in self.rows.split(batch_size))
+        return self.fetch(Plan(rows) for rows in self.rows.split(batch_size)[rank::world_size])
 
     def fetch(self, plans: Iterable[Plan]) -> Iterator[tuple[Tensor, Tensor]]:
         """Finished batches: x float32 [B, C, H, W], normalised; y int64 [B]; both on the device."""

@@ -11,19 +11,25 @@ import hashlib
 import io
 import json
 import pickle
+import pickletools
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastnas import processes
 from fastnas._files import replace_file
 from fastnas.errors import UserError
 
 FORMAT = 1
 _HEADER = re.compile(rb"fastnas-checkpoint (\d{1,9}) ([0-9a-f]{64})\n")
+# What the pickles of plain values and tensors name, and the other opcodes that make objects.
+_GLOBALS = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
+_OTHER_CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.Tensor, torch.nn.Parameter)
 
 
@@ -34,10 +40,13 @@ class _Unreadable(Exception):
 def save_checkpoint(path: str | Path, state: dict[str, Any], *, method: str) -> None:
     """Write ``state`` to ``path`` atomically; the checkpoint that was there stays as ``<stem>.prev<suffix>``.
 
+    Of several processes that work as one only the first writes.
     ``state`` may hold tensors, numbers, strings, None, lists, tuples and dicts: what can be read back without
     running code. Anything else raises TypeError naming its place. Raises OSError when the file cannot be
     written; the earlier checkpoints are then as they were.
     """
+    if not processes.is_main():
+        return
     path = Path(path)
     _check_plain(state, "state")
     buffer = io.BytesIO()
@@ -109,17 +118,44 @@ def _read(path: Path) -> tuple[int, memoryview]:
 
 def _load(body: memoryview, path: Path, method: str) -> dict[str, Any]:
     stream = io.BytesIO(body)
-    writer = json.loads(stream.readline())["method"]
+    try:
+        writer = str(json.loads(stream.readline())["method"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _Unreadable("does not say which method wrote it") from error
     if writer != method:
         raise UserError(
             f"the checkpoint {path} was written by method {writer}, not {method}; "
             "put the run's own checkpoint back, or start a new run in another folder"
         )
     # The zip archive of torch.save has to start at offset 0 of its stream.
+    archive = io.BytesIO(stream.read())
     try:
-        return torch.load(io.BytesIO(stream.read()), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        _check_archive(archive)
+        state = torch.load(archive, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile and torch answer forged files with errors of a dozen types
         raise _Unreadable(f"cannot be unpacked ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise _Unreadable("holds no state")
+    return state
+
+
+def _check_archive(stream: io.BytesIO) -> None:
+    """Raise UnpicklingError for what `save_checkpoint` never writes, before torch reads it.
+
+    weights_only keeps code from running; of what it lets through, packed entries and constructors such as
+    ``bytearray(10**12)`` could still take all memory.
+    """
+    with zipfile.ZipFile(stream) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise pickle.UnpicklingError("packed entries")
+        programs = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+        if len(programs) != 1:
+            raise pickle.UnpicklingError("not one state")
+        for opcode, argument, _ in pickletools.genops(archive.read(programs[0])):
+            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(argument) or opcode.name in _OTHER_CALLS:
+                raise pickle.UnpicklingError(f"{opcode.name} {argument}")
+    stream.seek(0)
 
 
 def _check_plain(value: Any, place: str) -> None:

@@ -87,6 +87,13 @@ class PathMasks:
         blocks = range(space.blocks)
         return cls(tuple(draw(2 + i) for i in blocks), tuple(draw(len(OPERATIONS)) for _ in blocks))
 
+    def part(self, rank: int, world_size: int) -> PathMasks:
+        """The ghost batches of one of `world_size` equal parts of the batch."""
+        inputs, operations = (
+            tuple(mask.chunk(world_size)[rank] for mask in masks) for masks in (self.inputs, self.operations)
+        )
+        return PathMasks(inputs, operations)
+
     @classmethod
     def of(cls, space: ChoiceBlockSpace, string: Sequence[int]) -> PathMasks:
         """The masks that leave one architecture, for a single ghost batch."""

@@ -7,10 +7,13 @@ import gc
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastnas import distributed, processes
 
 Batch = tuple[Tensor, Tensor]
 
@@ -75,6 +78,7 @@ def recalibrate(module: nn.Module, run: Callable[[Tensor], Tensor], batches: Ite
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     module.eval()
+    distributed.average_statistics(module.state_dict())
 
 
 @contextlib.contextmanager
@@ -92,8 +96,14 @@ def settled_heap() -> Iterator[None]:
 
 
 def assign_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
+    """Set the gradients, averaged over the processes that train as one; None leaves a parameter untouched."""
+    for parameter, gradient in zip(parameters, distributed.average(gradients), strict=True):
         parameter.grad = gradient
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Average over the processes what `backward` has left; parameters without gradient must be the same on all."""
+    assign_gradients(parameters, [parameter.grad for parameter in parameters])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -103,20 +113,30 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> dict[str, float]:
-    """Mean cross-entropy and accuracy of `predict` over `batches`. Raises ValueError when there is no batch."""
+    """Mean cross-entropy and accuracy of `predict` over `batches`, those of all processes together.
+
+    Raises ValueError when there is no batch.
+    """
     loss = correct = count = torch.zeros(())
     for x, y in batches:
         logits = predict(x)
         loss = loss + F.cross_entropy(logits.float(), y, reduction="sum").cpu()
         correct = correct + (logits.argmax(-1) == y).sum().cpu()
         count = count + len(y)
+    loss, correct, count = distributed.total(torch.stack([loss, correct, count])).unbind()
     if not count:
         raise ValueError("evaluate: there is no batch to evaluate on")
     return {"loss": float(loss / count), "accuracy": float(correct / count)}
 
 
+def first(batches: Iterable[Batch], number: int | None) -> Iterator[Batch]:
+    """The first `number` batches of a split that is dealt out to the processes; None takes all."""
+    return islice(batches, None if number is None else len(range(processes.rank(), number, processes.world_size())))
+
+
 class Means:
-    """Means over an epoch's steps, summed on the device and read once; each over the steps that gave the figure."""
+    """Means over an epoch's steps, and over the processes, summed on the device and read once; each over the steps that
+    gave the figure."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -128,4 +148,5 @@ class Means:
             self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
 
     def read(self) -> dict[str, float]:
-        return {key: float(value) / self.counts[key] for key, value in self.sums.items()}
+        sums = distributed.average(list(self.sums.values()))
+        return {key: float(value) / self.counts[key] for key, value in zip(self.sums, sums, strict=True)}

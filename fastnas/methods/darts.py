@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnas import distributed
 from fastnas.config import option
 from fastnas.engine.mixture import Alphas, Mixture
 from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
@@ -138,7 +139,7 @@ class Darts:
         parameters = self.parameters
         start = [parameter.detach().clone() for parameter in parameters]
         loss = F.cross_entropy(self.supernet(train[0], self.mixture(ARCHITECTURE).detach()), train[1])
-        direction = self._sgd_direction(torch.autograd.grad(loss, parameters, allow_unused=True))
+        direction = self._sgd_direction(distributed.average(torch.autograd.grad(loss, parameters, allow_unused=True)))
         with torch.no_grad():
             torch._foreach_add_(parameters, direction, alpha=-self.rate)
 
@@ -148,7 +149,7 @@ class Darts:
         gradients = torch.autograd.grad(search_loss, alphas + parameters, allow_unused=True)
         gradients, vector = (
             _zero_for_none(gradients[: len(alphas)], alphas),
-            _zero_for_none(gradients[len(alphas) :], parameters),
+            _zero_for_none(distributed.average(gradients[len(alphas) :]), parameters),
         )
         with torch.no_grad():
             for buffer, before in zip(self.supernet.buffers(), buffers, strict=True):

@@ -13,16 +13,16 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnas import distributed, processes
 from fastnas.config import option
 from fastnas.engine.choice_blocks import GHOST, ChoiceBlockNetwork, PathMasks
-from fastnas.engine.training import Batch, accuracy, assign_gradients, set_learning_rate
+from fastnas.engine.training import Batch, accuracy, assign_gradients, first, set_learning_rate
 from fastnas.errors import UserError
 from fastnas.methods.base import Figure, Problem, weight_rate
 from fastnas.spaces.architecture import ArchitectureString
@@ -52,11 +52,11 @@ class OneShot:
 
     def __init__(self, settings: OneShotSettings, problem: Problem) -> None:
         weights = problem.weights
-        if weights.batch_size % settings.ghost_batch:
+        if weights.batch_size % (settings.ghost_batch * processes.world_size()):
+            each = f" on each of {processes.world_size()} processes" if processes.world_size() > 1 else ""
             raise UserError(
-                f"a batch of {weights.batch_size} images cannot be cut into ghost batches of {settings.ghost_batch}: "
-                f"give "
-                "another --batch-size or --ghost-batch"
+                f"a batch of {weights.batch_size} images cannot be cut into ghost batches of {settings.ghost_batch}"
+                f"{each}: give another --batch-size or --ghost-batch"
             )
         self.settings, self.weights, self.problem = settings, weights, problem
         self.space = problem.space
@@ -87,7 +87,7 @@ class OneShot:
         """One SGD step: cross-entropy, and the L2 penalty of active paths."""
         x, y = train
         masks = self.masks(index)
-        logits = self.supernet(x, masks)
+        logits = self.supernet(x, masks.part(**processes.share()))
         loss = F.cross_entropy(logits, y)
         parameters, shares = zip(*self.supernet.usage(masks), strict=True)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -136,9 +136,12 @@ class OneShot:
 def with_penalty(
     gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], shares: Sequence[float], decay: float
 ) -> list[Tensor | None]:
-    """Gradients of loss + decay / 2 * sum_p share_p |w_p|^2; a parameter whose path nobody kept has none at all."""
+    """Gradients of loss + decay / 2 * sum_p share_p |w_p|^2; a parameter whose path nobody kept has none at all.
+
+    One whose path was kept and led nowhere has the penalty's alone, so that all processes have the same set.
+    """
     return [
-        None if gradient is None or not share else gradient + decay * share * parameter.detach()
+        None if not share else decay * share * parameter.detach() + (0.0 if gradient is None else gradient)
         for gradient, parameter, share in zip(gradients, parameters, shares, strict=True)
     ]
 
@@ -153,11 +156,12 @@ def score(
     """Accuracy of each architecture with the shared weights. The stem runs once for all of them."""
     correct = torch.zeros(len(architectures), device=network.stem.weight.device)
     count = 0
-    for x, y in islice(search, batches):
+    for x, y in first(search, batches):
         stem = network.stem(x)
         for index, architecture in enumerate(architectures):
             correct[index] += (network.after_stem(stem, architecture).argmax(-1) == y).sum()
         count += len(y)
+    correct, count = distributed.total(correct), distributed.total(torch.tensor(count))
     return (correct / count).tolist()
 
 

@@ -24,12 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnas import distributed, processes
 from fastnas.config import option
 from fastnas.engine.checkpoint import load_checkpoint
 from fastnas.engine.training import (
     Batch,
     accuracy,
     assign_gradients,
+    average_gradients,
     batch_statistics,
     evaluate,
     set_learning_rate,
@@ -157,8 +159,11 @@ class SlotDistribution(nn.Module):
 
         The mean over the two slots of a node; the edges into one node sum to 1.
         """
-        each = [logits.softmax(-1).mean(0).view(-1, len(self.names)) for logits in self.logits]
-        return torch.cat(each[: self.space.nodes]), torch.cat(each[self.space.nodes :])
+        operations = len(self.space.candidates if isinstance(self.space, Nasbench201Space) else self.names)
+        each = [logits.softmax(-1).mean(0).view(-1, operations) for logits in self.logits]
+        none = torch.empty(0, operations)
+        normal, reduce = each[: self.normal_factors], each[self.normal_factors :]
+        return torch.cat(normal), torch.cat(reduce) if reduce else none
 
 
 def importance_weights(log_likelihoods: Tensor) -> Tensor:
@@ -202,7 +207,7 @@ class Parsec:
         gradients = torch.autograd.grad(-(weights.to(log_prob) @ log_prob), list(self.distribution.parameters()))
         assign_gradients(list(self.distribution.parameters()), gradients)
         self.arch_optimizer.step()
-        per_image = 1 if self.settings.likelihood == "mean" else len(search[1])
+        per_image = 1 if self.settings.likelihood == "mean" else len(search[1]) * processes.world_size()
         return figures | {
             "search_loss": -log_likelihoods.mean() / per_image,
             "effective_samples": 1 / weights.square().sum(),
@@ -210,13 +215,14 @@ class Parsec:
 
     @torch.no_grad()
     def _log_likelihoods(self, children: Sequence[AnyGenotype], search: Batch) -> Tensor:
-        """log p(y | X, v, alpha_k) of the search batch, float32 [K]; forward passes alone, nothing is kept."""
+        """log p(y | X, v, alpha_k) of the search batch of all processes, float32 [K]; forward passes alone."""
         x, y = search
         with batch_statistics(self.supernet):
             losses = [
                 F.cross_entropy(self.supernet(x, child), y, reduction=self.settings.likelihood) for child in children
             ]
-        return -torch.stack(losses)
+        parts = 1 if self.settings.likelihood == "sum" else processes.world_size()
+        return -distributed.total(torch.stack(losses)) / parts
 
     def _weight_step(
         self, children: Sequence[AnyGenotype], weights: Sequence[float], train: Batch
@@ -236,6 +242,7 @@ class Parsec:
             (weight * loss).backward()
             total_loss = total_loss + weight * loss.detach()
             total_accuracy = total_accuracy + weight * accuracy(logits.detach(), y)
+        average_gradients(self.parameters)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.weights.grad_clip)
         self.weight_optimizer.step()
         return {"loss": total_loss, "accuracy": total_accuracy}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastnas.config import option
 from fastnas.engine.networks import build_network
-from fastnas.engine.training import Batch, accuracy, cosine, evaluate, set_learning_rate
+from fastnas.engine.training import Batch, accuracy, average_gradients, cosine, evaluate, set_learning_rate
 from fastnas.errors import UserError
 from fastnas.methods.base import Problem
 from fastnas.spaces.genotype import Genotype
@@ -82,6 +82,7 @@ class RandomSearch:
         loss = F.cross_entropy(logits, y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(list(self.network.parameters()))
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.weights.grad_clip)
         self.optimizer.step()
         return {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}

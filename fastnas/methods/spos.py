@@ -14,13 +14,12 @@ import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fastnas.config import option
-from fastnas.engine.training import Batch, batch_statistics, evaluate, recalibrate, set_learning_rate
+from fastnas.engine.training import Batch, batch_statistics, evaluate, first, recalibrate, set_learning_rate
 from fastnas.methods.base import Figure, Problem, train_weights, weight_optimizer, weight_rate
 from fastnas.methods.evolution import EvolutionSettings, Limits, evolve
 from fastnas.spaces import strings_of
@@ -98,14 +97,14 @@ class Spos:
         """On the search half, with the statistics of each batch."""
         path = self.space.decode(string)
         with batch_statistics(self.supernet):
-            scored = islice(search, self.settings.score_batches)
+            scored = first(search, self.settings.score_batches)
             return evaluate(lambda x: self.supernet(x, path), scored)["accuracy"]
 
     def recalibrated_accuracy(self, string: String, search: Iterable[Batch]) -> float:
         """On the search half, with running statistics taken anew on the last training batches."""
         path = self.space.decode(string)
         recalibrate(self.supernet, lambda x: self.supernet(x, path), self.recent)
-        scored = islice(search, self.settings.score_batches)
+        scored = first(search, self.settings.score_batches)
         return evaluate(lambda x: self.supernet(x, path), scored)["accuracy"]
 
     def derive(self) -> Genotype:

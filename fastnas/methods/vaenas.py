@@ -19,14 +19,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastnas.config import option
-from fastnas.engine.training import Batch, batch_statistics, evaluate
+from fastnas.engine.training import Batch, batch_statistics, evaluate, first
 from fastnas.errors import UserError
 from fastnas.methods.base import Figure, Problem
 from fastnas.methods.evolution import RANDOM_TRIES
@@ -153,7 +152,7 @@ class VaenasOneShot(Spos):
         if self.sampler.is_due(self.epoch):
             self.supernet.eval()
             drawn = self.gamma(self.epsilon(self.steps), self.settings.ranked, RANK, self.epoch)
-            batches = list(islice(search, self.settings.rank_batches))
+            batches = list(first(search, self.settings.rank_batches))
             figures |= self.sampler.learn([(string, self.accuracy(string, batches)) for string in drawn], self.epoch)
         return super().end_epoch(search) | figures
 
@@ -215,7 +214,7 @@ class VaenasGradient(Proxyless):
             self.supernet.eval()
             rng = random.Random(self.problem.seed_of(RANK, self.epoch))
             drawn = [self.strings.random_string(rng) for _ in range(self.settings.ranked)]
-            batches = list(islice(search, self.settings.rank_batches))
+            batches = list(first(search, self.settings.rank_batches))
             figures = self.sampler.learn([(string, self._accuracy(string, batches)) for string in drawn], self.epoch)
         return super().end_epoch(search) | figures
 

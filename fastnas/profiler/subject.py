@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from fastnas import processes
 from fastnas.profiler.fit import largest_batch
 from fastnas.profiler.footprint import Footprint
 from fastnas.profiler.step import Inputs, Trains, measure, predict
@@ -26,6 +27,7 @@ class Subject:
     device: torch.device
     _predicted: dict[int, Footprint] = field(default_factory=dict, repr=False)
 
+    @processes.alone()
     def predict(self, batch_size: int | None = None) -> Footprint:
         """The footprint of a step, by default with the batch size of `inputs`. Nothing of the batch's size is held."""
         batch_size = batch_size or self.inputs.batch_size
@@ -38,6 +40,7 @@ class Subject:
             )
         return self._predicted[batch_size]
 
+    @processes.alone()
     def measure(self, batch_size: int | None = None) -> Footprint:
         """The footprint of a step that is run on the device."""
         return measure(

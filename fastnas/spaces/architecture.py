@@ -27,6 +27,7 @@ class ArchitectureString:
         numbers = all(isinstance(number, int) and not isinstance(number, bool) for number in self.string)
         if not 1 <= len(self.string) <= MAX_PLACES or not numbers or min(self.string) < 0:
             raise UserError(f"genotype: the string must be up to {MAX_PLACES} numbers from 0, got {self.string!r:.60}")
+        check_printable(self.space, self.rule, *self.lines)
 
     def to_json(self) -> str:
         """Versioned JSON that `fastnas.spaces.load_genotype` reads."""
@@ -42,3 +43,10 @@ class ArchitectureString:
     def describe(self) -> str:
         """One line a choice."""
         return "\n".join(self.lines) + "\n"
+
+
+def check_printable(*texts: str) -> None:
+    """Raise UserError for texts that a terminal or a file could not take: controls, surrogates."""
+    for text in texts:
+        if not text.isprintable():
+            raise UserError(f"genotype: {ascii(text):.60} has characters that cannot be printed")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastnas.errors import UserError
 from fastnas.nn.candidates import candidate_names
-from fastnas.spaces.architecture import ArchitectureString
+from fastnas.spaces.architecture import ArchitectureString, check_printable
 
 FORMAT = "fastnas-genotype"
 VERSION = 1
@@ -44,6 +44,7 @@ class Genotype:
     rule: str = ""
 
     def __post_init__(self) -> None:
+        check_printable(self.space, self.rule)
         known = candidate_names()
         for kind, nodes, concat in (
             ("normal", self.normal, self.normal_concat),
@@ -132,6 +133,9 @@ class Genotype:
             raise UserError(
                 "genotype: expected Genotype(normal=[...], normal_concat=[...], reduce=[...], reduce_concat=[...])"
             )
+        numbers = (node.value for node in ast.walk(call) if isinstance(node, ast.Constant))
+        if any(isinstance(number, int) and number > MAX_TEXT for number in numbers):
+            raise UserError(f"genotype: a number is larger than {MAX_TEXT}, so it is no state")
         fields = {keyword.arg or "**": _literal(keyword.value) for keyword in call.keywords}
         _check_keys(fields)
         for cell in ("normal", "reduce"):
@@ -242,9 +246,7 @@ def _literal(node: ast.expr) -> object:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, RecursionError, MemoryError):
-        raise UserError(
-            f"genotype: only names, numbers and lists may appear, found {ast.unparse(node)[:60]!r}"
-        ) from None
+        raise UserError("genotype: only names, numbers and lists may appear in the tuple notation") from None
 
 
 def _group_by_node(pairs: Node, concat: tuple[int, ...], name: str) -> tuple[Node, ...]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -14,6 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from fastnas._npz import read_arrays
 from fastnas.errors import UserError
 from fastnas.spaces.architecture import ArchitectureString
 
@@ -21,7 +20,7 @@ NASBENCH101_CANDIDATES = ("conv3x3", "conv1x1", "maxpool3x3")
 VERTICES, MAX_EDGES = 7, 9
 PAIRS = tuple((source, target) for target in range(1, VERTICES) for source in range(target))  # 21, bit by bit
 TEST_IMAGES = 29952  # of three runs
-NO_VERTEX = 255
+MAX_ROWS = 1_000_000  # the benchmark has 423,624
 
 Cell = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
 
@@ -146,17 +145,23 @@ class Nasbench101Table:
 
         Nothing in the file is unpickled. Raises UserError when it is no such archive.
         """
+        names = ("num_vertices", "adj_bits", "ops", "test_hits", "params")
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                vertices, bits, ops = (archive[name] for name in ("num_vertices", "adj_bits", "ops"))
-                hits, parameters = archive["test_hits"], archive["params"]
+            arrays, _ = read_arrays(path, names, limit=MAX_ROWS * 8 * (VERTICES - 2))
+            vertices, bits, ops, hits, parameters = columns = [arrays[name] for name in names]
+            if any(column.dtype.kind not in "iu" or len(column.shape) < 1 for column in columns):
+                raise ValueError("its arrays must hold integers")
+            rows = len(vertices)
+            if rows > MAX_ROWS or any(c.shape != ((rows, VERTICES - 2) if c is ops else (rows,)) for c in columns):
+                raise ValueError(f"its arrays must have one row a cell, at most {MAX_ROWS:,}")
         except OSError as error:
             raise UserError(f"cannot read the table {path}: {error.strerror or error}") from None
-        except (KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{path} is no table of NAS-Bench-101 ({error}): see docs/tables.md") from None
+        except (KeyError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise UserError(f"{path} is no table of NAS-Bench-101 ({reason}): see docs/tables.md") from None
         keys = zip(vertices.tolist(), bits.tolist(), ops.tolist(), strict=True)
-        rows = {(v, edges, tuple(op[: v - 2])): row for row, (v, edges, op) in enumerate(keys)}
-        return cls(rows, hits, parameters)
+        found = {(v, edges, tuple(op[: max(v - 2, 0)])): row for row, (v, edges, op) in enumerate(keys)}
+        return cls(found, hits, parameters)
 
     def find(self, cell: Cell) -> int | None:
         """Row of a pruned cell, whichever of its isomorphic forms the table holds."""

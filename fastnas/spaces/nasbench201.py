@@ -14,6 +14,8 @@ from typing import ClassVar
 from fastnas.errors import UserError
 from fastnas.spaces.architecture import ArchitectureString
 
+MAX_BYTES = 32 * 2**20  # of the text; the published columns take 4 MiB
+MAX_HEADER = 4096
 NASBENCH201_CANDIDATES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 
 
@@ -67,13 +69,19 @@ def read_nasbench201(path: str | Path) -> dict[str, dict[str, float]]:
     The file is CSV, gzipped or not, with a header that names at least `arch`. Raises UserError for anything else.
     """
     try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
-        rows = list(csv.DictReader(text.splitlines()))
+        with Path(path).open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            raw = (gzip.GzipFile(fileobj=file) if packed else file).read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES or raw[:MAX_HEADER].find(b"\n") < 0:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes, or no header line of at most {MAX_HEADER:,}")
+        rows = list(csv.DictReader(raw.decode().splitlines()))
         if not rows or "arch" not in rows[0]:
             raise UserError(f"{path} has no column arch: give a CSV file of NAS-Bench-201, see docs/tables.md")
         return {row.pop("arch"): {name: float(value) for name, value in row.items()} for row in rows}
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"cannot read the table {path}: {error.strerror or error}") from None
-    except (ValueError, TypeError, EOFError, zlib.error) as error:
+    except (ValueError, TypeError, EOFError, csv.Error, zlib.error) as error:
         raise UserError(f"{path} is no table of NAS-Bench-201 ({error}): see docs/tables.md") from None
