@@ -265,13 +265,12 @@ class Parsec:
             figures = evaluate(lambda x: self.supernet(x, mode), search)
         normal, reduce = self.distribution.entropies()
         edges = edge_figures(*self.distribution.edge_probabilities())
-        kept = ("probabilities_normal", "probabilities_reduce")
         return {
             "search_accuracy": figures["accuracy"],
             "entropy_normal": normal,
             "entropy_reduce": reduce,
             "entropy": normal + reduce,
-        } | {name: edges[name] for name in kept}
+        } | {name: value for name, value in edges.items() if name.startswith("probabilities")}
 
     def derive(self) -> AnyGenotype:
         return self.distribution.mode()
