@@ -49,6 +49,10 @@ struct Rows {
     }
   }
 
+  // A long row is added in double: one by one, as a compiler without wide vectors does, floats would lose digits.
+  template <class Count>
+  using Sum = std::conditional_t<std::is_same_v<Count, int64_t>, double, A>;
+
   // a[i] = (logit + noise - largest of the row) / tau for rows [row, row + n); `words` is scratch memory.
   FASTNAS_INLINE void scores(A* a, uint32_t* words, int64_t row, int64_t n) const {
     const int64_t begin = row * choices, count = n * choices, skip = begin % 4;
@@ -73,10 +77,11 @@ struct Rows {
     with_choices([&](auto count) FASTNAS_INLINE {
       for (int64_t r = 0; r < n; ++r) {
         A* ar = a + r * count;
-        A sum = 0;
+        Sum<decltype(count)> sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < count; ++i) sum += ar[i];
-        for (int64_t i = 0; i < count; ++i) ar[i] /= sum;
+        const A total = static_cast<A>(sum);
+        for (int64_t i = 0; i < count; ++i) ar[i] /= total;
       }
     });
   }
@@ -101,9 +106,10 @@ struct Rows {
     with_choices([&](auto count) FASTNAS_INLINE {
       for (int64_t r = 0; r < n; ++r) {
         const int64_t at = r * count;
-        A dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t i = 0; i < count; ++i) dot += load(y[at + i]) * load(g[at + i]);
+        Sum<decltype(count)> sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < count; ++i) sum += load(y[at + i]) * load(g[at + i]);
+        const A dot = static_cast<A>(sum);
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) store(dx + at + i, load(y[at + i]) * (load(g[at + i]) - dot) / tau);
       }
