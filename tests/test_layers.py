@@ -20,7 +20,7 @@ MAY_USE = {
     "engine": {"profiler"},
     "methods": {"profiler"},
     "profiler": {"engine", "ops"},
-    "report": {"profiler", "engine"},
+    "report": {"profiler", "engine", "methods"},
 }
 # Picking a backend by a context manager loads the ops, so that there is something to pick for.
 LAZY = {("fastnas._backends", "fastnas.ops")}
@@ -72,12 +72,27 @@ def is_command(module: str) -> bool:
     return module.count(".") == 1 and '__name__ == "__main__"' in PATHS[module].read_text(encoding="utf-8")
 
 
+def is_alone(module: str) -> bool:
+    """Whether a module lies in fastnas itself and is no command."""
+    return module == "fastnas" or (
+        module.count(".") == 1 and package(module) not in {*ORDER, *SIDES} and not is_command(module)
+    )
+
+
 @cache
 def is_foundation(module: str) -> bool:
     """Whether a module of fastnas itself, such as errors or config, needs nothing but its like."""
-    alone = module.count(".") == 1 and package(module) not in {*ORDER, *SIDES} and not is_command(module)
-    needs = (other for other in imports(module) if (module, other) not in LAZY)
-    return alone and all(other == "fastnas" or is_foundation(other) for other in needs)
+    seen, ahead = set(), [module]
+    while ahead:
+        current = ahead.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if not is_alone(current):
+            return False
+        if current != "fastnas":
+            ahead += [other for other in imports(current) if (current, other) not in LAZY]
+    return True
 
 
 @pytest.mark.parametrize("module", [m for m in PATHS if package(m) in {*ORDER, *SIDES}])
