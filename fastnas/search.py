@@ -10,6 +10,7 @@ import math
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -280,7 +281,11 @@ def _search(
     genotype = method.derive()
     run.write_genotype(genotype)
     run.write_cells(draw_cells(genotype))
-    write_report(run.path)
+    try:
+        write_report(run.path)
+    except Exception as error:  # the search itself is done and saved
+        again = f"python -m fastnas.report {shlex.quote(str(run.path))}"
+        warnings.warn(f"the report could not be made ({error}); make it with: {again}", stacklevel=2)
     return SearchResult(genotype, run)
 
 

@@ -210,6 +210,16 @@ def test_tensorboard_events_hold_the_figures_of_each_epoch(whole, images, tmp_pa
     assert {"edge_entropy_normal/4", "time/train_s", "memory/memory_bytes"} <= set(events.Tags()["scalars"])
 
 
+def test_a_report_that_fails_costs_nothing_else(whole, images, tmp_path, monkeypatch):
+    def fail(path: Path) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(search, "write_report", fail)
+    with pytest.warns(UserWarning, match="report could not be made .No space.*python -m fastnas.report .*/run"):
+        run = do_search(tmp_path / "run", "darts", images)
+    assert_same_run(run, whole["darts"])
+
+
 def test_tensorboard_that_is_missing_is_named(images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(

@@ -97,10 +97,7 @@ def _summary(record: Record) -> str:
         each = record.seconds / max(record.epochs, 1)
         items.append(("Wall-clock time", duration(record.seconds), f"{duration(each)} an epoch"))
     if record.memory is not None:
-        on_gpu = "cuda" in str(record.config.get("device", ""))
-        items.append(
-            ("Memory", f"{record.memory / 1e9:.2f} GB", "peak on the GPU" if on_gpu else "most at the end of an epoch")
-        )
+        items.append(("Memory", f"{record.memory / 1e9:.2f} GB", "the most of an epoch"))
     missing = "".join(f'<p class="muted">{clean(line)}</p>' for line in record.missing)
     return cards(items) + missing
 
@@ -175,11 +172,14 @@ def _architecture(record: Record) -> str:
     for cell, title in CELLS:
         edges = record.edges(f"edge_entropy_{cell}")
         if edges:
-            names = _edge_names(space, len(edges))
-            lines = [Line(names[i], points, i, thin=True) for i, points in enumerate(edges)]
-            lines.append(Line("mean of the edges", _mean(edges)))
+            lines = [*_edge_lines(space, edges), Line("mean of the edges", _mean(edges))]
             note = "bold: mean; thin: each edge"
             blocks.append(figure(f"Entropy of the {title.lower()}, nats", line_chart(lines), note))
+    for cell, title in CELLS:
+        edges = record.edges(f"edge_weights_{cell}")
+        if edges:
+            chart = line_chart(_edge_lines(space, edges), from_zero=True)
+            blocks.append(figure(f"Edge weights of the {title.lower()}", chart, "softmax of beta over a node's edges"))
     maps = []
     courses = {cell: record.matrices(f"probabilities_{cell}") for cell, _ in CELLS}
     if any(courses.values()):
@@ -195,6 +195,11 @@ def _architecture(record: Record) -> str:
                 drawn = heat_map(courses[cell], _nodes(space, len(rows)), _candidates(space, len(rows[0])), scale)
                 maps.append(f'<h3>{title}</h3><div class="scroll">{drawn}</div>')
     return grid(blocks) + "".join(maps)
+
+
+def _edge_lines(space: AnySpace | None, edges: Sequence[Points]) -> list[Line]:
+    names = _edge_names(space, len(edges))
+    return [Line(names[edge], points, edge, thin=True) for edge, points in enumerate(edges)]
 
 
 def _mean(edges: Sequence[Points]) -> Points:

@@ -28,6 +28,8 @@ def test_beta_is_searched_and_multiplies_alpha_in_the_derivation(problem, batche
     assert not torch.equal(before[1], method.alphas.beta_reduce)
     with torch.no_grad():
         method.alphas.beta_normal.copy_(torch.tensor([0.0, 0.0, -5.0, 5.0, 5.0]))
+    figures = method.end_epoch([batches[1]])
+    assert figures["edge_weights_normal"] == pytest.approx([0.5, 0.5, 0.0, 0.5, 0.5], abs=1e-4)
     genotype = method.derive()
     assert genotype.rule == "top2-edge-normalised"
     assert [source for _, source in genotype.normal[1]] == [1, 2]

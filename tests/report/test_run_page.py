@@ -261,6 +261,13 @@ def test_findings(tmp_path, rows, title):
     assert title in Reader(render_run(record)).sections["findings"]
 
 
+def test_edge_weights_have_a_chart_that_names_the_edges(tmp_path):
+    sizes = {"space": "darts", "nodes": 2, "cells": 3}
+    record = record_of(tmp_path, [{"edge_weights_normal": [0.5, 0.5, 0.2, 0.3, 0.5]}] * 2, **sizes)
+    section = Reader(render_run(record)).sections["architecture-over-time"]
+    assert "Edge weights of the normal cell" in section and "node 0 to node 1" in section
+
+
 def test_a_run_that_stopped_says_why(tmp_path):
     record = record_of(tmp_path, [{"loss": 1.0, "entropy": 1.0}])
     RunFolder(record.path).append_timing({"epoch": 1, "stopped": "loss is no longer a number"})
