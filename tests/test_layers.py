@@ -100,7 +100,8 @@ def test_packages_import_what_comes_before_them(module: str) -> None:
     own = package(module)
     allowed = {own, *MAY_USE.get(own, set()), *(ORDER[: ORDER.index(own)] if own in ORDER else {"spaces", "nn"})}
     for other in imports(module):
-        if own == "report" and other in ("fastnas.runs", "fastnas.cli", "fastnas.settings"):  # a report of runs, with a command line
+        # A report is of runs, and has a command line.
+        if own == "report" and other in ("fastnas.runs", "fastnas.cli", "fastnas.settings"):
             continue
         assert is_foundation(other) or package(other) in allowed, f"{module} imports {other}"
 
