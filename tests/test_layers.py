@@ -11,11 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = ["reference", "kernels", "ops", "nn", "spaces", "engine", "methods"]
-SIDES = {
-    "data",
-    "profiler",
-    "report",
-}  # hang off: the profiler counts for engine and methods, the others serve commands
+# These hang off: the profiler counts for engine and methods, the others serve commands.
+SIDES = {"data", "profiler", "report"}
 MAY_USE = {
     "engine": {"profiler"},
     "methods": {"profiler"},
