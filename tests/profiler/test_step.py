@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastnas
+from fastnas.engine.derived import DerivedNetwork
 from fastnas.engine.mixture import Alphas
 from fastnas.engine.supernet import Supernet
 from fastnas.methods import METHODS
@@ -194,10 +195,10 @@ def test_the_batch_that_fits_does_so_when_it_is_run_and_a_tenth_more_does_not(me
 
 # One pass with gradients of weights and alphas, as performance studies of DARTS count it: figures in bytes.
 class _Pass(nn.Module):
-    def __init__(self, k: int, architecture: str = "") -> None:
+    def __init__(self, k: int, architecture: str = "", executor: str = "plain") -> None:
         super().__init__()
         space = DartsSpace()
-        self.supernet = Supernet(space, channels=16, cells=8, classes=10, k=k)
+        self.supernet = Supernet(space, channels=16, cells=8, classes=10, k=k, executor=executor)
         self.alphas = Alphas(space, edge_normalisation=k > 1)
         self.genotype = load_genotype(architecture) if architecture else None
 
@@ -215,6 +216,18 @@ def test_known_figures_of_one_pass(k: int, genotype: str, batch_size: int, gigab
         step = ModuleTraining(_Pass(k, genotype))
         footprint = predict(step, Inputs((3, 32, 32), batch_size), name="pass")
     assert round(footprint.saved_bytes / 1e9, 3) == gigabytes
+
+
+@pytest.mark.parametrize(("executor", "share"), [("plain", 1.05), ("fused", 0.5), ("lean", 0.25)])
+def test_a_sampled_path_saves_what_the_child_alone_saves(executor: str, share: float) -> None:
+    """At most 5 % more than the child as a network of its own, and far less when it runs fused."""
+    image, batch_size = (3, 32, 32), 8
+    genotype = load_genotype("DARTS_V2")
+    child = module_step(
+        lambda: DerivedNetwork(genotype, channels=16, cells=8, classes=10), image=image, batch_size=batch_size
+    )
+    path = predict(ModuleTraining(_Pass(1, "DARTS_V2", executor)), Inputs(image, batch_size), name="path")
+    assert path.saved_bytes <= share * child.predict().saved_bytes
 
 
 @pytest.mark.gpu
