@@ -36,6 +36,11 @@ from fastnas.spaces import DartsSpace, Genotype, load_genotype
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 CHILDREN = 24  # random genotypes whose mean is a child
 SMALL = {"batch_size": 8}  # of the measurements: the papers' networks on few images
+# Tempered weights let every child of PARSEC run, as a prediction supposes; ghost batches must fit the batch.
+MEASURED_WITH: dict[str, dict[str, Any]] = {
+    "parsec": {"likelihood": "mean", "samples": 4},
+    "one_shot": {"ghost_batch": 8},
+}
 
 
 class Pass:
@@ -146,8 +151,7 @@ def measurements() -> Iterator[dict[str, Any]]:
     cases += [(method, {"executor": executor}) for method in main for executor in ("plain", "lean")]
     cases.append(("darts", {"executor": "fused", "order": 2}))
     for method, flags in cases:
-        # Tempered weights let every child of PARSEC run, as a prediction supposes.
-        flags = SMALL | flags | ({"likelihood": "mean", "samples": 4} if method == "parsec" else {})
+        flags = SMALL | flags | MEASURED_WITH.get(method, {})
         row = {"measured": method, "settings": flags} | _elsewhere("measure", method, flags)
         if method in main:
             row |= _elsewhere("resident", method, flags)
