@@ -73,7 +73,8 @@ def run(name: str, seed: int, data_dir: Path, table: Path, runs: Path) -> dict[s
 
 def summary(rows: list[dict[str, Any]], column: str) -> dict[str, float]:
     values = [row[column] for row in rows]
-    return {"mean": round(statistics.mean(values), 2), "std": round(statistics.pstdev(values), 2)}
+    spread = {"std": round(statistics.pstdev(values), 2)} if len(values) > 1 else {}
+    return {"mean": round(statistics.mean(values), 2)} | spread
 
 
 def write(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
