@@ -20,7 +20,8 @@ else:
 
 ROOT = Path(__file__).parents[1]
 STEMS = sorted(p.stem for p in (ROOT / "fastnas" / "ops").glob("[a-z]*.py"))
-STAGES = sorted(p.stem for p in (ROOT / "fastnas" / "ops" / "stages").glob("[a-z]*.py"))  # the engine's own ops
+# The engine's own ops; what they share defines none.
+STAGES = sorted(p.stem for p in (ROOT / "fastnas" / "ops" / "stages").glob("*.py") if "= define(" in p.read_text())
 SLICE = [
     "fastnas/ops/{}.py",
     "fastnas/reference/{}.py",
@@ -33,7 +34,8 @@ SLICE = [
 
 def test_the_named_ops_are_there() -> None:
     assert {"mixed_sum", "path_dropout", "partial_shuffle", "gumbel_softmax"} <= set(STEMS)
-    assert {*STEMS, *STAGES} == set(_backends._flat_ops)
+    # source_stage has no backend of its own: it goes with those of the stages that it puts together.
+    assert {*STEMS, *STAGES} - {"source_stage"} == set(_backends._flat_ops)
 
 
 @pytest.mark.parametrize("path", SLICE)
@@ -43,7 +45,7 @@ def test_every_op_has_its_whole_slice_and_no_file_is_left_over(path: str) -> Non
     folder, pattern = (ROOT / path).parent, Path(path).name.format("*")
     found = {p.name for p in folder.glob(pattern) if not p.name.startswith("_")}
     known = {Path(path.format(stem)).name for stem in STEMS}
-    assert found - known <= {"test_overhead.py", "stages.md"}  # one page for all stages
+    assert found - known <= {"test_overhead.py", "index.md", "stages.md"}  # one page for all stages
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -66,7 +68,8 @@ def test_the_library_implements_the_flat_ops_that_the_schema_defines(stem: str) 
 def test_the_library_implements_the_stages(stem: str) -> None:
     schemas = set(re.findall(rf'"({stem.split("_")[0]}_\w+)\(', (ROOT / f"fastnas/ops/stages/{stem}.py").read_text()))
     kernels = set(re.findall(r'm\.impl\("(\w+)"', (ROOT / f"csrc/ops/stages/{stem}.cpp").read_text()))
-    assert schemas == kernels == set(_backends._flat_ops[stem])
+    assert schemas == kernels
+    assert stem == "source_stage" or kernels == set(_backends._flat_ops[stem])
 
 
 def test_packages_in_pyproject_are_the_folders_on_disk() -> None:
