@@ -198,7 +198,7 @@ def _ticks(values: Sequence[float], from_zero: bool) -> list[float]:
     low, high = min(values), max(values)
     if from_zero:
         low = min(low, 0.0)
-    if high - low <= 1e-9 * max(abs(high), abs(low)):
+    if high - low <= 1e-3 * max(abs(high), abs(low)):  # less than a label can show
         margin = abs(high) / 10 or 1.0
         low, high = low - margin, high + margin
     step = 10 ** math.floor(math.log10((high - low) / 4))
