@@ -201,7 +201,7 @@ class Darts:
                     figures["child_accuracy"] = evaluate(lambda x: self.supernet(x, child), search)["accuracy"]
         figures |= edge_figures(mixture.normal, mixture.reduce)
         for cell, weights in (("normal", mixture.normal_edges), ("reduce", mixture.reduce_edges)):
-            if weights is not None:
+            if weights is not None and len(weights):
                 figures[f"edge_weights_{cell}"] = weights.tolist()
         uncapped = self._derive(mixture, None)
         if isinstance(uncapped, ArchitectureString):
