@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
     parser.add_argument("--images", type=Path, help="folder with one folder of images a class [draw some]")
     parser.add_argument("--image-size", type=int, default=16, help="side in pixels that images are resized to [16]")
     parser.add_argument("--search-epochs", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=15, help="of the final training [15]")
+    parser.add_argument("--epochs", type=int, default=40, help="of the final training [40]")
     parser.add_argument("--out", type=Path, default=Path("runs/own_images"))
     given = parser.parse_args(arguments)
     images = given.images or given.out / "images"
