@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastnas.engine.running import RunningStatistics
 from fastnas.nn import FactorizedReduce, MixedOp
 from fastnas.nn.candidates import DilConv, SepConv
-from fastnas.ops.stages.source_stage import Convolutions, Layout, Term
+from fastnas.ops.stages.source_layout import Convolutions, Layout, Term
 from fastnas.spaces.darts import DartsSpace
 
 POOLS = ("max_pool_3x3", "avg_pool_3x3")  # in the order of pool_stage

@@ -7,16 +7,9 @@ import torch
 
 import fastnas
 from fastnas import _backends
-from fastnas.ops.stages.source_stage import (
-    STAGES,
-    Convolutions,
-    Layout,
-    Term,
-    _bwd_reference,
-    _fwd_reference,
-    source_stage_bwd,
-    source_stage_fwd,
-)
+from fastnas.ops.stages.source_layout import STAGES, Convolutions, Layout, Term
+from fastnas.ops.stages.source_stage import source_stage_bwd, source_stage_fwd
+from fastnas.ops.stages.source_steps import backward_stage_by_stage, forward_stage_by_stage
 
 native = pytest.mark.skipif(_backends.choose("conv_stage", "cpu") != "native", reason="no compiled kernels")
 EPS = 1e-5
@@ -95,10 +88,6 @@ def everything(forward, backward, layout, x, weights, mixture, gs, *, training: 
     return [*nodes, norms, stats, first, second, *gradients]
 
 
-def packed(reference):
-    return lambda layout, x, weights, *rest: reference(x, weights, layout.packed, *rest)
-
-
 @native
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("seed", range(12))
@@ -112,7 +101,7 @@ def test_one_call_gives_what_the_stages_give(seed: int, stride: int, poisoned: N
         ours = everything(source_stage_fwd, source_stage_bwd, *given, **settings)
         torch.manual_seed(1)
         with fastnas.backend("reference"):
-            theirs = everything(packed(_fwd_reference), packed(_bwd_reference), *given, **settings)
+            theirs = everything(forward_stage_by_stage, backward_stage_by_stage, *given, **settings)
         for value, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
 
