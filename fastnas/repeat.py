@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastnas._files import replace_file
@@ -21,8 +21,9 @@ from fastnas.methods import METHODS, WeightSettings
 from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.report.comparison import render_comparison
 from fastnas.report.records import read_record
-from fastnas.runs import RunFolder, default_run_path
+from fastnas.runs import default_run_path
 from fastnas.search import Plan, SearchResult, SearchSettings, resolve, run_search
+from fastnas.seeds import deviation, seed_runs
 from fastnas.settings import DataSettings, RuntimeSettings
 from fastnas.spaces.agreement import edge_agreement
 
@@ -44,7 +45,7 @@ class Repeated:
     @property
     def deviation(self) -> float:
         """Standard deviation of the accuracies, with n - 1; 0 for one seed."""
-        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else 0.0
+        return deviation(self.accuracies.values())
 
     @property
     def mean_agreement(self) -> float:
@@ -71,15 +72,8 @@ def run_repeated(plan: Plan, seeds: int, out: Path, *, quiet: bool = False) -> R
     settings.
     """
     results, accuracies = {}, {}
-    for seed in range(plan.runtime.seed, plan.runtime.seed + seeds):
-        one = replace(plan, runtime=replace(plan.runtime, seed=seed))
-        folder = out / f"seed-{seed}"
-        started = (folder / "checkpoint.pt").exists()
-        if started and resolve({}, RunFolder.open(folder).config()) != one:
-            raise UserError(f"{folder} holds a run of other settings: give another --out")
-        if not quiet:
-            print(f"seed {seed}")
-        results[seed] = run_search(one, folder, resume=folder if started else None, quiet=quiet)
+    for seed, one, folder, resume in seed_runs(plan, seeds, out, resolve, quiet=quiet):
+        results[seed] = run_search(one, folder, resume=resume, quiet=quiet)
         accuracies[seed] = results[seed].run.metrics()[-1]["search_accuracy"]
     best = results[max(accuracies, key=lambda seed: accuracies[seed])]
     repeated = Repeated(best, accuracies, edge_agreement([result.genotype for result in results.values()]))

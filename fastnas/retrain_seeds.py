@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastnas._files import replace_file
@@ -16,7 +16,8 @@ from fastnas.cli import ArgumentParser, run_command
 from fastnas.config import add_flags, given
 from fastnas.errors import UserError
 from fastnas.retrain import Plan, RetrainSettings, resolve, run_retrain
-from fastnas.runs import RunFolder, default_run_path
+from fastnas.runs import default_run_path
+from fastnas.seeds import deviation, seed_runs
 from fastnas.settings import DataSettings, RuntimeSettings
 
 
@@ -33,7 +34,7 @@ class SeedsResult:
 
     @property
     def deviation(self) -> float:
-        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else 0.0
+        return deviation(self.accuracies.values())
 
 
 def run_seeds(plan: Plan, seeds: int, out: Path, *, quiet: bool = False) -> SeedsResult:
@@ -42,15 +43,8 @@ def run_seeds(plan: Plan, seeds: int, out: Path, *, quiet: bool = False) -> Seed
     Called again it goes on where it was stopped. Raises UserError when `out` has runs of other settings.
     """
     accuracies = {}
-    for seed in range(plan.runtime.seed, plan.runtime.seed + seeds):
-        one = replace(plan, runtime=replace(plan.runtime, seed=seed))
-        folder = out / f"seed-{seed}"
-        started = (folder / "checkpoint.pt").exists()
-        if started and resolve({}, RunFolder.open(folder).config()) != one:
-            raise UserError(f"{folder} holds a run of other settings: give another --out")
-        if not quiet:
-            print(f"seed {seed}")
-        accuracies[seed] = run_retrain(one, folder, resume=folder if started else None, quiet=quiet).test_accuracy
+    for seed, one, folder, resume in seed_runs(plan, seeds, out, resolve, quiet=quiet):
+        accuracies[seed] = run_retrain(one, folder, resume=resume, quiet=quiet).test_accuracy
     result = SeedsResult(accuracies, out)
     summary = {"test_accuracies": accuracies, "mean": result.mean, "standard_deviation": result.deviation}
     replace_file(out / "result.json", [(json.dumps(summary) + "\n").encode()])
