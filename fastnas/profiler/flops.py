@@ -9,12 +9,12 @@ same convention.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 import fastnas.ops  # noqa: F401  registers the ops named below
 
@@ -88,10 +88,18 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
+@cache
+def _pytorch_formulas() -> dict[Any, Callable[..., int]]:
+    # Here, because it loads Triton, which a search that predicts nothing can do without.
+    from torch.utils.flop_counter import flop_registry
+
+    return flop_registry
+
+
 def flops(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
     """Floating-point operations of a call of the overload `func`; a multiply-add is 2; 0 for what has no formula."""
     packet = func.overloadpacket
     if formula := FORMULAS.get(packet):
         return formula(*args, **kwargs)
-    formula = flop_registry.get(packet)
+    formula = _pytorch_formulas().get(packet)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
