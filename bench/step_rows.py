@@ -59,7 +59,7 @@ class Pass:
     def __init__(self, method: Any) -> None:
         self.supernet: Supernet = method.supernet
         self.alphas: nn.Module | None = getattr(method, "alphas", None)
-        self.parameters = [p for part in (self.supernet, self.alphas) if part is not None for p in part.parameters()]
+        self.parameters = [*method.parameters, *(self.alphas.parameters() if self.alphas is not None else ())]
 
     def step(self, index: int, train: Batch, search: Batch) -> None:
         path = self.supernet.space.random_genotype(random.Random(index)) if self.alphas is None else None

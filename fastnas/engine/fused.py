@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastnas.engine.fused_cell import fused_cell
 from fastnas.engine.fused_norm import fused_norm
@@ -51,6 +51,10 @@ class FusedCell:
     def _plan(self, active: list[tuple[int, int]]) -> CellPlan:
         return CellPlan(self.space, self.cell.edges, active, self.running)
 
+    def lay_flat(self) -> nn.Parameter:
+        """The weights of all edges as one leaf."""
+        return self.mixture.lay_flat()
+
     def path(self, nodes: tuple[Node, ...]) -> CellPlan:
         """The plan of a genotype's cell."""
         space = self.space
@@ -83,9 +87,9 @@ class FusedCell:
         return fused_cell(plan, s0, s1, weights, betas, training=training, lean=lean)
 
 
-def run_fused(cell: SupernetCell, s0: Tensor, s1: Tensor, architecture: Mixture | Genotype, *, lean: bool) -> Tensor:
-    """Run a cell through its plans, which are made at the first call."""
-    fused = cell.__dict__.get("_fused")
-    if fused is None:
-        fused = cell.__dict__["_fused"] = FusedCell(cell)
-    return fused(s0, s1, architecture, lean=lean)
+def fused(cell: SupernetCell) -> FusedCell:
+    """The cell with its plans, which are made at the first call."""
+    found = cell.__dict__.get("_fused")
+    if found is None:
+        found = cell.__dict__["_fused"] = FusedCell(cell)
+    return found

@@ -42,12 +42,12 @@ class ExtraRun:
 
 @dataclass
 class SourceRun:
-    """One state at work. `x`: the channels that the candidates see, [B, H, W, C]; the others as source_stage_fwd
-    returns them, None where nothing but extras leaves the state."""
+    """One state at work. `x`: the channels that the candidates see, [B, H, W, C]; `weights`: those of its stages; the
+    others as source_stage_fwd returns them, None where nothing but extras leaves the state."""
 
     plan: SourcePlan
     x: Tensor
-    weights: list[Tensor]
+    weights: Sequence[Tensor]
     norms: Tensor | None = None
     first: Tensor | None = None
     second: Tensor | None = None
@@ -67,10 +67,9 @@ class SourceRun:
     ) -> Tensor:
         """Add every term to its node; a node that is not in `begun` holds nothing yet. Returns the statistics that
         were measured because none were given."""
-        stages = self.weights[: self.plan.stage_weight_count]
         targets, flags = [nodes[node] for node in self.plan.nodes], [int(node in begun) for node in self.plan.nodes]
         self.norms, stats, self.first, self.second = source_stage_fwd(
-            self.plan.layout, self.x, stages, mixture, given, targets, flags, eps, keep
+            self.plan.layout, self.x, self.weights, mixture, given, targets, flags, eps, keep
         )
         begun.update(self.plan.nodes)
         return stats
@@ -84,20 +83,14 @@ class SourceRun:
         training: bool,
         need_dx: bool,
         need_dw: bool,
-    ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
-        """gs: gradient of every node -> gradient of x on top of `base`, that of the terms' weights [terms], and those
-        of the stages' parameters (None where not asked for)."""
-        stages = self.weights[: self.plan.stage_weight_count]
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """gs: gradient of every node -> gradient of x on top of `base`, that of the terms' weights [terms], and that
+        of the stages' weights (without elements where not asked for)."""
         own = [gs[node] for node in self.plan.nodes]
-        dx, d_terms, *flat = source_stage_bwd(
-            self.plan.layout, self.x, stages, mixture, *self.kept, own, base, training, need_dx, need_dw
+        dx, d_terms, dw = source_stage_bwd(
+            self.plan.layout, self.x, self.weights, mixture, *self.kept, own, base, training, need_dx, need_dw
         )
-        gradients: list[Tensor | None] = [None] * len(stages)
-        if need_dw:
-            count = self.plan.first.layout.weight_count
-            parts = zip(flat, (stages[:count], stages[count:]), strict=True)
-            gradients = [own for gradient, like in parts if like for own in unflatten(gradient, like)]
-        return dx if need_dx else base, d_terms, gradients
+        return dx if need_dx else base, d_terms, dw
 
 
 def run_cell(
@@ -108,9 +101,12 @@ def run_cell(
     s1: Tensor,
     mixture: Tensor,
     betas: Tensor | None,
-    parameters: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor]],
 ) -> tuple[Tensor, list[SourceRun], list[list[ExtraRun]]]:
-    """The nodes of a cell next to each other, [B, H', W', nodes * C]; the runs of its sources and of their extras."""
+    """The nodes of a cell next to each other, [B, H', W', nodes * C]; the runs of its sources and of their extras.
+
+    weights: of the stages of each source.
+    """
     states = [s0, s1]
     batch, height, width, channels = s0.shape
     stride, selected = plan.strides[0], channels // plan.k
@@ -124,7 +120,7 @@ def run_cell(
         given = plan.running.read(rows).split([len(source.norms) for source in plan.sources])
     begun: set[int] = set()
     measured, sources, extras = [], [], []
-    for state, (source_plan, own) in enumerate(zip(plan.sources, plan.by_source(parameters), strict=True)):
+    for state, (source_plan, own) in enumerate(zip(plan.sources, weights, strict=True)):
         if state >= 2:
             node = state - 2
             if node not in begun:
@@ -152,7 +148,8 @@ def run_cell(
 
 
 class CellGradient:
-    """The backward pass of a cell; results in `states` (None where not asked for), `mixture`, `betas`, `parameters`."""
+    """The backward pass of a cell; results in `states` (None where not asked for), `mixture`, `betas`, `weights`
+    (of the stages of each source) and `extra_weights`."""
 
     def __init__(
         self,
@@ -166,14 +163,15 @@ class CellGradient:
         *,
         training: bool,
         needs_states: Sequence[bool],
-        needs_parameters: bool,
+        needs_weights: bool,
     ) -> None:
         """states, grad: maps of all states and the gradient of the cell's output; the others as in `run_cell`."""
         self.plan, self.given, self.given_mixture, self.given_betas = plan, states, mixture, betas
-        self.training, self.needs_parameters = training, needs_parameters
+        self.training, self.needs_weights = training, needs_weights
         self.mixture = torch.zeros_like(mixture)
         self.betas = None if betas is None else torch.zeros_like(betas)
-        self.parameters: list[Tensor | None] = []
+        self.weights: list[Tensor] = []
+        self.extra_weights: list[Tensor | None] = []
         # By node: the gradient of what the candidates add up to. It is complete once the node's own edges are done.
         self.mixed: list[Tensor] = [grad] * plan.nodes
         self.states: list[Tensor | None] = [None, None, *grad.split(states[0].shape[-1], dim=-1)]
@@ -189,24 +187,26 @@ class CellGradient:
 
     def _through_source(self, state: int, source: SourceRun, extras: Sequence[ExtraRun], need_dx: bool) -> None:
         base, partial = self.states[state], self.given_betas is not None
-        dx, gradients = None if partial else base, []
+        dx = None if partial else base
         if source.plan.layout.terms:
-            dx, d_terms, gradients = source.backward(
+            dx, d_terms, dw = source.backward(
                 self.mixed,
                 self.given_mixture,
                 dx,
                 training=self.training,
                 need_dx=need_dx,
-                need_dw=self.needs_parameters,
+                need_dw=self.needs_weights,
             )
             self._d_terms.insert(0, d_terms)
+            self.weights.insert(0, dw)
+        extra_weights: list[Tensor | None] = []
         for run in extras:
             edge, candidate, node = run.extra.edge, run.extra.candidate, run.extra.node
             extra_dx, d_weight, extra_gradients = run.backward(self.mixed[node], self.given_mixture[edge, candidate])
             dx = extra_dx if dx is None else dx + extra_dx
             self.mixture[edge, candidate] = d_weight
-            gradients += extra_gradients
-        self.parameters[:0] = gradients
+            extra_weights += extra_gradients
+        self.extra_weights[:0] = extra_weights
         if partial and need_dx:
             dx = self._bypass(state, dx, base)
         self.states[state] = dx if need_dx else None
@@ -235,46 +235,53 @@ class CellGradient:
 
 
 class _FusedCell(torch.autograd.Function):
+    """`count`: how many of the tensors at the end are weights of the stages; the others are those of extras."""
+
     @staticmethod
-    def forward(ctx, plan: CellPlan, training: bool, lean: bool, s0, s1, weights, betas, *parameters):
+    def forward(ctx, plan: CellPlan, training: bool, lean: bool, s0, s1, mixture, betas, count: int, *weights):
         dtype = s0.dtype
-        mixture, own_betas = weights.to(dtype).contiguous(), None if betas is None else betas.to(dtype)
-        out, sources, extras = run_cell(plan, training, lean, maps(s0), maps(s1), mixture, own_betas, parameters)
+        terms, own_betas = mixture.to(dtype).contiguous(), None if betas is None else betas.to(dtype)
+        flat = plan.by_source(weights[:count])
+        out, sources, extras = run_cell(plan, training, lean, maps(s0), maps(s1), terms, own_betas, flat)
         result = images(out)
         kept = [tensor for source in sources for tensor in source.kept]
-        ctx.save_for_backward(s0, s1, weights, betas, result, *parameters, *kept)
-        ctx.plan, ctx.training, ctx.extras = plan, training, extras
+        ctx.save_for_backward(s0, s1, mixture, betas, result, *weights[:count], *kept)
+        ctx.plan, ctx.training, ctx.extras, ctx.count = plan, training, extras, count
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         plan = ctx.plan
-        s0, s1, weights, betas, result, *rest = ctx.saved_tensors
-        kept = rest[-3 * len(plan.sources) :]
-        parameters = plan.by_source(rest[: -3 * len(plan.sources)])
+        s0, s1, mixture, betas, result, *rest = ctx.saved_tensors
+        weights, kept = rest[: ctx.count], rest[ctx.count :]
         channels = s0.shape[1]
         states = [maps(s0), maps(s1), *maps(result).split(channels, dim=-1)]
+        flat = plan.by_source(weights)
         sources = [
             SourceRun(source_plan, state[..., : channels // plan.k], own, *kept[3 * index : 3 * index + 3])
-            for index, (source_plan, state, own) in enumerate(zip(plan.sources, states, parameters, strict=True))
+            for index, (source_plan, state, own) in enumerate(zip(plan.sources, states, flat, strict=True))
         ]
+        needs_weights = any(ctx.needs_input_grad[8:])
         gradient = CellGradient(
             plan,
             sources,
             ctx.extras,
             states,
-            weights.to(s0.dtype).contiguous(),
+            mixture.to(s0.dtype).contiguous(),
             None if betas is None else betas.to(s0.dtype),
             maps(grad),
             training=ctx.training,
             needs_states=ctx.needs_input_grad[3:5],
-            needs_parameters=any(ctx.needs_input_grad[7:]),
+            needs_weights=needs_weights,
         )
         d0, d1 = (None if state is None else images(state) for state in gradient.states[:2])
-        d_weights = gradient.mixture.to(weights.dtype)
+        d_mixture = gradient.mixture.to(mixture.dtype)
         d_betas = None if betas is None else gradient.betas.to(betas.dtype)
-        return None, None, None, d0, d1, d_weights, d_betas, *gradient.parameters
+        d_weights: Sequence[Tensor | None] = [None] * ctx.count
+        if needs_weights and weights:
+            d_weights = unflatten(torch.cat(gradient.weights), weights)
+        return None, None, None, d0, d1, d_mixture, d_betas, None, *d_weights, *gradient.extra_weights
 
 
 def fused_cell(
@@ -286,4 +293,5 @@ def fused_cell(
     partial channels (PC-DARTS), else None. `lean`: keep nothing but states and statistics between forward and
     backward, and compute the rest again.
     """
-    return _FusedCell.apply(plan, training, lean, s0, s1, weights, betas, *plan.weights)
+    own = plan.weights
+    return _FusedCell.apply(plan, training, lean, s0, s1, weights, betas, len(own), *own, *plan.extra_weights)

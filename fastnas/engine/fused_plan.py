@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 
 import torch
@@ -58,7 +57,8 @@ class Stage:
         shift: int = 0,
     ) -> None:
         self.layout.parts += [source, len(self.norms) - 1, first, dilation, shift]
-        self.layout.kernels.append(depthwise is not None)
+        self.layout.sides.append(0 if depthwise is None else depthwise.kernel_size[0])
+        self.layout.widths.append(pointwise.out_channels)
         self.layout.outputs = len(self.norms)
         self._modules += [pointwise] if depthwise is None else [depthwise, pointwise]
 
@@ -125,19 +125,14 @@ class SourcePlan:
         """Those behind the rows of the layout's norms but the first."""
         return [*self.pool_norms, *self.first.norms, *self.second.norms]
 
-    @cached_property
-    def stage_weight_count(self) -> int:
-        return self.first.layout.weight_count + self.second.layout.weight_count
-
-    @cached_property
-    def weight_count(self) -> int:
-        return len(self.weights)
-
     @property
     def weights(self) -> list[Tensor]:
-        """Of the first stage, the second stage and the extras: the order in which their gradients come."""
-        extras = [weight for extra in self.extras for weight in extra.module.parameters()]
-        return [*self.first.weights, *self.second.weights, *extras]
+        """Of the first and the second stage: the order in which they lie in the op's argument."""
+        return [*self.first.weights, *self.second.weights]
+
+    @property
+    def extra_weights(self) -> list[Tensor]:
+        return [weight for extra in self.extras for weight in extra.module.parameters()]
 
 
 def edge_norms(space: DartsSpace, edges: Sequence[MixedOp]) -> list[nn.BatchNorm2d]:
@@ -160,6 +155,8 @@ class CellPlan:
         running: RunningStatistics,
     ) -> None:
         self.running = running
+        self.leaf: nn.Parameter | None = None
+        self._laid_flat: list[nn.Parameter] = []
         self.nodes = space.nodes
         self.k = edges[0].k
         self.edge_slices = [space.edge_slice(node) for node in range(space.nodes)]
@@ -170,6 +167,8 @@ class CellPlan:
             state = space.sources[edge]
             name, module = space.candidates[candidate], edges[edge].candidates[candidate]
             self.sources[state].add(edge, candidate, node_of[edge], name, module)
+        self._sizes = [source.layout.size(edges[0].selected) for source in self.sources]
+        self._counts = [len(source.weights) for source in self.sources]
         self._indices: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,10 +187,38 @@ class CellPlan:
 
     @property
     def weights(self) -> list[Tensor]:
-        """What the modules of all sources hold now, source by source."""
+        """What the modules behind the stages hold now, source by source; where they lie end to end, that one leaf."""
+        if self.leaf is not None:
+            return [self.leaf]
         return [weight for source in self.sources for weight in source.weights]
 
-    def by_source(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
-        """`weights` split up again."""
+    def lay_flat(self) -> nn.Parameter:
+        """Put the weights end to end into one leaf, which is what gets their gradient from now on: a step then pays
+        for one tensor a cell instead of hundreds. The modules' own become views of it that ask for no gradient."""
+        if self.leaf is None:
+            self._laid_flat = self.weights
+            self.leaf = nn.Parameter(torch.cat([weight.detach().reshape(-1) for weight in self._laid_flat]))
+            self.bind()
+        return self.leaf
+
+    def bind(self, moved: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Make the modules' weights views of the leaf, after a move of both."""
+        if self.leaf is None:
+            return
+        if moved is not None:
+            self.leaf.data = moved(self.leaf.data)
+        parts = self.leaf.detach().split([weight.numel() for weight in self._laid_flat])
+        for weight, part in zip(self._laid_flat, parts, strict=True):
+            weight.requires_grad_(False).data = part.view(weight.shape)
+
+    def by_source(self, weights: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """`weights` as the stages of each source take them."""
+        if self.leaf is not None:
+            return [[part] for part in weights[0].split(self._sizes)]
         given = iter(weights)
-        return [list(islice(given, source.weight_count)) for source in self.sources]
+        return [list(islice(given, count)) for count in self._counts]
+
+    @property
+    def extra_weights(self) -> list[Tensor]:
+        """Of the candidates that no stage knows, source by source."""
+        return [weight for source in self.sources for weight in source.extra_weights]

@@ -6,15 +6,16 @@ The fused executor, in `fastnas.engine.fused`, computes the same from the same m
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnas.engine.derived import AuxiliaryHead
-from fastnas.engine.fused import run_fused
+from fastnas.engine.fused import fused
 from fastnas.engine.mixture import Active, Mixture
 from fastnas.engine.stems import build_stem
 from fastnas.errors import UserError
@@ -51,6 +52,19 @@ class SupernetCell(nn.Module):
             MixedOp(space.candidates, channels, 2 if reduction and source < 2 else 1, k=k) for source in space.sources
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SupernetCell:
+        """A move of the module (`to`, `double`) takes weights that are laid flat along."""
+        super()._apply(fn, recurse)
+        if "_fused" in self.__dict__:
+            fused(self).mixture.bind(fn)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of the module has views of its own leaf."""
+        super().__setstate__(state)
+        if "_fused" in self.__dict__:
+            fused(self).mixture.bind()
+
     def forward(
         self,
         s0: Tensor,
@@ -65,7 +79,7 @@ class SupernetCell(nn.Module):
         `channels`: int64 [E, C/K], the random channels of its edges, which only the plain executor has, or None.
         """
         if executor != "plain" and channels is None:
-            return run_fused(self, s0, s1, architecture, lean=executor == "lean")
+            return fused(self)(s0, s1, architecture, lean=executor == "lean")
         if isinstance(architecture, Genotype):
             return self.forward_path(s0, s1, architecture.reduce if self.reduction else architecture.normal)
         return self.forward_mixture(s0, s1, *architecture.of_cell(self.reduction), channels)
@@ -176,6 +190,16 @@ class Supernet(nn.Module):
             if auxiliary and index == self.auxiliary_after:
                 self.auxiliary = AuxiliaryHead(c_prev, classes, second_norm=stem == "cifar")
         self.classifier = nn.Linear(c_prev, classes)
+
+    def lay_flat(self) -> list[nn.Parameter]:
+        """The leaves that passes of a whole Mixture train, for an optimiser.
+
+        With a fused executor the weights of a cell's edges become one leaf, of which those of the modules are views
+        that ask for no gradient: a step handles some thirty tensors instead of more than a thousand. Paths and random
+        channels train the modules' own parameters, so do not call it for them.
+        """
+        flat = [] if self.executor == "plain" else [fused(cell).lay_flat() for cell in self.cells]
+        return [*flat, *(parameter for parameter in self.parameters() if parameter.requires_grad)]
 
     def forward(self, x: Tensor, architecture: Mixture | Genotype) -> Tensor:
         """x [B, in_channels, H, W] -> logits [B, classes].

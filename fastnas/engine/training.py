@@ -29,15 +29,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Within the block no parameter of `module` asks for a gradient, so none of its inputs is kept for one."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in parameters:
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block none of them asks for a gradient, so none of their modules' inputs is kept for one."""
+    asking = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in asking:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in parameters:
+        for parameter in asking:
             parameter.requires_grad_(True)
 
 

@@ -15,7 +15,7 @@ from fastnas.engine.choice_blocks import GHOST
 from fastnas.engine.mixture import Mixture
 from fastnas.engine.networks import build_supernet
 from fastnas.engine.stems import STEMS
-from fastnas.engine.supernet import EXECUTORS
+from fastnas.engine.supernet import EXECUTORS, Supernet
 from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine
 from fastnas.errors import UserError
 from fastnas.spaces import AnyGenotype, AnySpace
@@ -87,12 +87,16 @@ class Problem:
         ).to(self.device)
 
 
-def weight_optimizer(module: nn.Module, weights: WeightSettings) -> torch.optim.SGD:
+def trained_together(supernet: nn.Module) -> list[nn.Parameter]:
+    """The shared weights of a method that trains all candidates at once: few long leaves where the supernet can lay
+    them flat."""
+    return supernet.lay_flat() if isinstance(supernet, Supernet) else list(supernet.parameters())
+
+
+def weight_optimizer(parameters: Iterable[nn.Parameter], weights: WeightSettings) -> torch.optim.SGD:
     """SGD with momentum and weight decay for the shared weights."""
     # Not fused=True: that one cannot start some momentum buffers later than others, as sampled paths need it.
-    return torch.optim.SGD(
-        module.parameters(), weights.lr, weights.momentum, weight_decay=weights.weight_decay, foreach=True
-    )
+    return torch.optim.SGD(parameters, weights.lr, weights.momentum, weight_decay=weights.weight_decay, foreach=True)
 
 
 def weight_rate(weights: WeightSettings, epoch: int) -> float:
@@ -115,7 +119,7 @@ def train_weights(
     x, y = train
     logits = supernet(x, architecture)
     loss = F.cross_entropy(logits, y)
-    parameters = list(supernet.parameters())
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assign_gradients(parameters, torch.autograd.grad(loss, parameters, allow_unused=True))
     torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     optimizer.step()

@@ -32,6 +32,7 @@ from fastnas.methods.base import (
     load_states,
     states_of,
     train_weights,
+    trained_together,
     weight_optimizer,
     weight_rate,
 )
@@ -79,8 +80,10 @@ class Darts:
         self.alphas = Alphas(
             problem.space, edge_normalisation=settings.edge_normalisation, generator=problem.generator(0)
         ).to(problem.device)
-        self.parameters = list(self.supernet.parameters())
-        self.weight_optimizer = weight_optimizer(self.supernet, weights)
+        # Random channels run on the plain executor, which trains the modules' own weights.
+        own = settings.random_channels
+        self.parameters = list(self.supernet.parameters()) if own else trained_together(self.supernet)
+        self.weight_optimizer = weight_optimizer(self.parameters, weights)
         self.arch_optimizer = torch.optim.Adam(
             self.alphas.parameters(),
             settings.arch_lr,
@@ -126,7 +129,7 @@ class Darts:
 
     def first_order_gradient(self, train: Batch, search: Batch) -> tuple[Tensor, Sequence[Tensor]]:
         """L_val(w, alpha) and its gradient by alpha; the weights are frozen, so their gradients cost nothing."""
-        with frozen(self.supernet):
+        with frozen(self.parameters):
             return self._alpha_gradient(search)
 
     def second_order_gradient(self, train: Batch, search: Batch) -> tuple[Tensor, Sequence[Tensor]]:
@@ -163,7 +166,7 @@ class Darts:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, start)
                 torch._foreach_add_(parameters, steps, alpha=sign)
-            with frozen(self.supernet):
+            with frozen(self.parameters):
                 sides.append(self._alpha_gradient(train)[1])
         with torch.no_grad():
             torch._foreach_copy_(parameters, start)

@@ -186,7 +186,7 @@ class Parsec:
             self.distribution.load_run(settings.warm_start)
         self.distribution.to(problem.device)
         self.parameters = list(self.supernet.parameters())
-        self.weight_optimizer = weight_optimizer(self.supernet, weights)
+        self.weight_optimizer = weight_optimizer(self.parameters, weights)
         self.arch_optimizer = torch.optim.Adam(
             self.distribution.parameters(), settings.arch_lr, betas=settings.arch_betas
         )

@@ -75,7 +75,7 @@ class Proxyless:
         self.settings, self.weights, self.problem = settings, problem.weights, problem
         self.supernet = problem.supernet()
         self.alphas = Alphas(problem.space, generator=problem.generator(0)).to(problem.device)
-        self.weight_optimizer = weight_optimizer(self.supernet, problem.weights)
+        self.weight_optimizer = weight_optimizer(self.supernet.parameters(), problem.weights)
         # Adam's first rate is 0 and there is no weight decay, so that an alpha without a gradient does not move.
         self.arch_optimizer = torch.optim.Adam(self.alphas.parameters(), settings.arch_lr, betas=settings.arch_betas)
         self.searching = False
@@ -137,7 +137,7 @@ class Proxyless:
         run = [[sorted(set(two)) for two in pair.candidates.tolist()] for pair in pairs]
         mixture = Mixture(*gates, normal_active=run[0], reduce_active=run[1])
         x, y = search
-        with frozen(self.supernet):
+        with frozen(self.supernet.parameters()):
             loss = F.cross_entropy(self.supernet(x, mixture), y)
             return loss.detach(), torch.autograd.grad(loss, gates, materialize_grads=True)
 

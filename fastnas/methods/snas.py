@@ -45,6 +45,7 @@ from fastnas.methods.base import (
     edge_figures,
     load_states,
     states_of,
+    trained_together,
     weight_optimizer,
     weight_rate,
 )
@@ -83,8 +84,8 @@ class Snas:
         self.settings, self.weights, self.problem = settings, weights, problem
         self.supernet = problem.supernet()
         self.log_alphas = Alphas(space, generator=problem.generator(0)).to(problem.device)
-        self.parameters = list(self.supernet.parameters())
-        self.weight_optimizer = weight_optimizer(self.supernet, weights)
+        self.parameters = trained_together(self.supernet)
+        self.weight_optimizer = weight_optimizer(self.parameters, weights)
         self.arch_optimizer = torch.optim.Adam(
             self.log_alphas.parameters(),
             settings.arch_lr,

@@ -46,7 +46,7 @@ class Spos:
         self.settings, self.weights, self.problem = settings, problem.weights, problem
         self.space, self.strings = problem.space, strings_of(problem.space)
         self.supernet = problem.supernet()
-        self.weight_optimizer = weight_optimizer(self.supernet, problem.weights)
+        self.weight_optimizer = weight_optimizer(self.supernet.parameters(), problem.weights)
         self.limits = Limits(settings, problem)
         self.found: String | None = None
 

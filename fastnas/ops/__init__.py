@@ -9,7 +9,14 @@ from fastnas.ops.mixed_sum import mixed_sum
 from fastnas.ops.norm_mixed_sum import norm_mixed_sum
 from fastnas.ops.partial_shuffle import partial_shuffle, sample_channels
 from fastnas.ops.path_dropout import drop_path, path_dropout, sample_path_mask
-from fastnas.ops.stages import conv_stage, node_sum, partial_join, pool_stage, source_stage  # noqa: F401  defines the engine's ops
+from fastnas.ops.stages import (  # noqa: F401  defines the engine's ops
+    conv_stage,
+    node_sum,
+    norm_stage,
+    partial_join,
+    pool_stage,
+    source_stage,
+)
 
 _backends.bind_by_environment()
 

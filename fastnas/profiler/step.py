@@ -144,10 +144,7 @@ def _run(method: Trains, tracker: Tracker, batches: Sequence[Batch], steps: int)
         tracker.own([tensor], category)
     tracker.own((tensor for batch in batches for tensor in batch), BATCH)
     primed = {
-        parameter: tracker.block_of(parameter.grad)
-        for module in _modules(method)
-        for parameter in module.parameters()
-        if parameter.grad is not None
+        parameter: tracker.block_of(parameter.grad) for parameter in _parameters(method) if parameter.grad is not None
     }
     with _labelled(method, tracker):
         for index in range(steps):
@@ -186,13 +183,21 @@ def _owned(method: Trains) -> Iterator[tuple[Tensor, str]]:
         category = "parameters" if _is_network(module, method) else "architecture parameters"
         for parameter in module.parameters():
             yield parameter, category
-            if parameter.grad is not None:
-                yield parameter.grad, "gradients"
         for buffer in module.buffers():
             yield buffer, "buffers"
+    for parameter in _parameters(method):
+        if parameter.grad is not None:
+            yield parameter.grad, "gradients"
     for optimizer in _parts(method, torch.optim.Optimizer):
         for state in state_of(optimizer):
             yield state, "optimiser state"
+
+
+def _parameters(method: Trains) -> list[nn.Parameter]:
+    """Those of the modules, and those that an optimiser holds in their place, such as weights laid flat."""
+    modules = (parameter for module in _modules(method) for parameter in module.parameters())
+    optimizers = (p for optimizer in _parts(method, torch.optim.Optimizer) for p in parameters_of(optimizer))
+    return list(dict.fromkeys([*modules, *optimizers]))
 
 
 def _candidates(method: Trains) -> Sequence[str]:

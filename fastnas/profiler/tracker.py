@@ -84,7 +84,7 @@ class Tracker(TorchDispatchMode):
         self.flops = {"forward": 0, "backward": 0}
         self._granularity = granularity
         self._modules = modules or {}
-        self._owners = {id(p): name for part, name in self._modules.items() for p in part.parameters(recurse=False)}
+        self._owners = {_place(p): name for part, name in self._modules.items() for p in part.parameters(recurse=False)}
         self._stack = [""]
         self._labels = ["step"]
         self._alive: dict[int, tuple[weakref.ref, Block]] = {}
@@ -184,7 +184,7 @@ class Tracker(TorchDispatchMode):
         block, rows = self.block_of(z), sum(len(weight) for weight in pointwise)
         shares: Counter[str] = Counter()
         for weight in pointwise:
-            shares[self._owners.get(id(weight), self._stack[-1])] += block.size * len(weight) // rows
+            shares[self._owners.get(_place(weight), self._stack[-1])] += block.size * len(weight) // rows
         block.shares = dict(shares)
 
     def _died(self, key: int, block: Block) -> None:
@@ -241,6 +241,11 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor begins: the same for a parameter and a view of all of it."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def _in_backward() -> bool:

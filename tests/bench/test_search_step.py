@@ -57,13 +57,16 @@ def test_parts_add_up_and_an_architecture_step_keeps_its_own_backward_pass(monke
 
 
 def gradients_of(name: str) -> list[torch.Tensor]:
-    """What a pass of the row computes, on one and the same batch."""
+    """What a pass of the row computes, on one and the same batch: by the modules' parameters, however they lie."""
     row, grad, seen = Row(name, TINY, CPU), torch.autograd.grad, []
     batch = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "grad", lambda *args, **options: seen.extend(grad(*args, **options)))
         row.work.step(0, batch, batch)
-    return seen
+    with torch.no_grad():
+        for parameter, gradient in zip(row.work.parameters, seen, strict=True):
+            parameter.copy_(gradient)
+    return [*row.work.supernet.parameters(), *row.work.alphas.parameters()]
 
 
 def test_rows_of_a_pass_give_the_same_gradients() -> None:

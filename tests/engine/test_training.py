@@ -18,7 +18,7 @@ def test_cosine_starts_at_the_rate_of_epoch_0():
 def test_frozen_restores_exactly_what_it_froze():
     module = nn.Linear(2, 2)
     module.bias.requires_grad_(False)
-    with frozen(module):
+    with frozen(module.parameters()):
         assert not any(parameter.requires_grad for parameter in module.parameters())
     assert module.weight.requires_grad
     assert not module.bias.requires_grad

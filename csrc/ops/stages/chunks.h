@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/simd.h"
+
 namespace fastnas {
 
 // Shares the pieces of work (images) out among torch's threads: body(chunk, begin, end) for each chunk of them. The
@@ -15,6 +17,16 @@ void for_each_chunk(int64_t pieces, int64_t chunks, const Body& body) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       body(chunk, pieces * chunk / chunks, pieces * (chunk + 1) / chunks);
   });
+}
+
+// A chunk of the pairs (image, source), images outermost, so that every chunk has its share of each source; but taken
+// source by source, whose weights stay in the cache meanwhile: body(source, image).
+template <class Body>
+FASTNAS_INLINE inline void for_each_pair(int64_t sources, int64_t begin, int64_t end, const Body& body) {
+  const auto first_image = [&](int64_t pair, int64_t source)
+                               FASTNAS_INLINE { return std::max<int64_t>(0, pair - source + sources - 1) / sources; };
+  for (int64_t source = 0; source < sources; ++source)
+    for (int64_t image = first_image(begin, source); image < first_image(end, source); ++image) body(source, image);
 }
 
 inline int64_t chunk_count(int64_t pieces) {

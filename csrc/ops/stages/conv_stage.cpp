@@ -11,12 +11,21 @@
 namespace fastnas {
 namespace {
 
-std::vector<PartWeights> paired(const char* op, const std::vector<Tensor>& depthwise,
-                                const std::vector<Tensor>& pointwise) {
+// The weights of the parts, made dense in place.
+template <class T>
+std::vector<PartWeights<T>> paired(const char* op, int64_t channels, std::vector<Tensor>& depthwise,
+                                   std::vector<Tensor>& pointwise) {
   STD_TORCH_CHECK(depthwise.size() == pointwise.size(), op, ": every part needs two weights");
-  std::vector<PartWeights> weights;
-  for (size_t p = 0; p < pointwise.size(); ++p)
-    weights.push_back({depthwise[p].numel() > 0 ? &depthwise[p] : nullptr, &pointwise[p]});
+  std::vector<PartWeights<T>> weights;
+  for (size_t p = 0; p < pointwise.size(); ++p) {
+    Tensor &kernel = depthwise[p], &matrix = pointwise[p];
+    const int64_t side = kernel.numel() ? kernel.size(-1) : 1;
+    STD_TORCH_CHECK(
+        matrix.numel() == matrix.size(0) * channels && (!kernel.numel() || kernel.numel() == side * side * channels),
+        op, ": weights do not fit the channels of the maps");
+    kernel = torch::stable::contiguous(kernel), matrix = torch::stable::contiguous(matrix);
+    weights.push_back({kernel.numel() ? data<T>(kernel) : nullptr, side, data<T>(matrix), matrix.size(0)});
+  }
   return weights;
 }
 
@@ -31,7 +40,8 @@ std::tuple<Tensor, Tensor> conv_stage_fwd(std::vector<Tensor> xs, std::optional<
   Tensor z, stats;
   dispatch_full_width(xs[0].scalar_type(), op, [&](auto tag) {
     using T = decltype(tag);
-    const Plan<T> plan(op, map, parts, paired(op, depthwise_weights, pointwise_weights), stride, sources, false);
+    const Plan<T> plan(op, map, parts, paired<T>(op, map.channels, depthwise_weights, pointwise_weights), stride,
+                       sources, false);
     const Frame<T>& f = plan.frame;
     z = torch::stable::new_empty(xs[0], {plan.outputs, map.batch, f.out_height, f.out_width, plan.out_channels});
     stats = torch::stable::new_empty(
@@ -58,7 +68,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_stage_bwd(std::vector<Tensor> gs, std::v
   Tensor dx, dots, dw;
   dispatch_full_width(dtype, op, [&](auto tag) {
     using T = decltype(tag);
-    const Plan<T> plan(op, map, parts, paired(op, depthwise_weights, pointwise_weights), stride, sources, true);
+    const Plan<T> plan(op, map, parts, paired<T>(op, map.channels, depthwise_weights, pointwise_weights), stride,
+                       sources, true);
     const Frame<T>& f = plan.frame;
     STD_TORCH_CHECK(static_cast<int64_t>(gs.size()) == plan.outputs && gs.size() == zs.size() &&
                         coef.numel() == plan.outputs * 4 * plan.out_channels,

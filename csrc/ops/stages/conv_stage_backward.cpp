@@ -245,14 +245,14 @@ void convolve_backward(const Plan<T>& plan, const std::vector<View<T>>& gs, cons
   Dots<T> measured(dots ? sources : 0, batch, f.channels);
   const WeightGradients<T> layout(plan);
   std::vector<Scratch<T>> gradients;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) gradients.emplace_back(dw ? layout.size() : 0);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) gradients.emplace_back(dw ? layout.size() : 0, false);
   for_each_chunk(pairs, chunks, [&](int64_t chunk, int64_t begin, int64_t end) {
     Bench<T> bench(plan);
     ChannelSums<T> sums(in_pixels, f.channels);
     T* gradient = gradients[chunk].data();
+    if (dw) std::fill_n(gradient, layout.size(), T(0));
     vectorised([&]() FASTNAS_INLINE {
-      for (int64_t pair = begin; pair < end; ++pair) {
-        const int64_t source = pair / batch, image = pair % batch;
+      for_each_pair(sources, begin, end, [&](int64_t source, int64_t image) FASTNAS_INLINE {
         const T* mean = norms ? norm.data() + source * 2 * norm_width : nullptr;
         const T* x = xs[source].image(image);
         activate(bench.padded.data(), f, Input<T>{x, xs[source].map.pixel, mean, norms ? mean + norm_width : nullptr});
@@ -269,11 +269,11 @@ void convolve_backward(const Plan<T>& plan, const std::vector<View<T>>& gs, cons
                           dx != nullptr, dw != nullptr);
           first = false;
         }
-        if (!dx) continue;
-        T* target = dx + pair * in_pixels * f.channels;
+        if (!dx) return;
+        T* target = dx + (source * batch + image) * in_pixels * f.channels;
         finish(target, bench, f, base ? base->image(image) : nullptr, base ? base->map.pixel : 0);
         if (dots) measured.measure(source, image, target, f.channels, x, f.channels, mean, sums);
-      }
+      });
     });
   });
   if (dw) layout.write(dw, gradients);

@@ -60,8 +60,7 @@ void convolve(const Plan<T>& plan, const std::vector<View<T>>& xs, const T* norm
     Scratch<T> result(pixels * rounded_up(channels, kLanes<T>), false);
     ChannelSums<T> sums(pixels, channels);
     vectorised([&]() FASTNAS_INLINE {
-      for (int64_t pair = begin; pair < end; ++pair) {
-        const int64_t source = pair / batch, image = pair % batch;
+      for_each_pair(sources, begin, end, [&](int64_t source, int64_t image) FASTNAS_INLINE {
         const T* mean = norms ? norm.data() + source * 2 * norm_width : nullptr;
         activate(padded.data(), f,
                  Input<T>{xs[source].image(image), xs[source].map.pixel, mean, norms ? mean + norm_width : nullptr});
@@ -74,7 +73,7 @@ void convolve(const Plan<T>& plan, const std::vector<View<T>>& xs, const T* norm
           const bool last = p + 1 == plan.parts.size() || plan.parts[p + 1].output != part.output;
           if (stats && last) measured.measure(part.output, image, target, sums);
         }
-      }
+      });
     });
   });
   if (stats) measured.write(stats);

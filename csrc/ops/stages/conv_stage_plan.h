@@ -31,10 +31,13 @@ struct Part {
   int64_t kernel_size() const { return depthwise ? taps : 0; }  // a channel
 };
 
-// The weights of a part; no depthwise ones where it just takes pixels.
+// The weights of a part, dense: depthwise [C, side, side], null where it just takes pixels, and pointwise [outputs, C].
+template <class T>
 struct PartWeights {
-  const Tensor* depthwise;
-  const Tensor* pointwise;
+  const T* depthwise;
+  int64_t side;
+  const T* pointwise;
+  int64_t outputs;
 };
 
 template <class T>
@@ -47,29 +50,26 @@ class Plan {
   int64_t outputs = 0, out_channels = 0, weights = 0;
 
   // description: `kFields` integers a part, as in the op.
-  Plan(const char* op, const Map& x, const std::vector<int64_t>& description, const std::vector<PartWeights>& given,
+  Plan(const char* op, const Map& x, const std::vector<int64_t>& description, const std::vector<PartWeights<T>>& given,
        int64_t stride, int64_t sources, bool backward)
       : frame(x, stride) {
     STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2");
     STD_TORCH_CHECK(!given.empty() && description.size() == kFields * given.size(), op,
                     ": every part needs five integers and two weights");
     for (size_t p = 0; p < given.size(); ++p) {
-      const auto [depthwise, pointwise] = given[p];
+      const PartWeights<T>& own = given[p];
       const int64_t* field = description.data() + kFields * p;
       const int64_t dilation = field[3], shift = field[4];
       Part<T> part{};
       part.source = field[0], part.output = field[1], part.first = field[2];
-      part.depthwise = depthwise != nullptr;
-      const int64_t side = part.depthwise ? depthwise->size(-1) : 1;
+      part.depthwise = own.depthwise != nullptr;
+      const int64_t side = part.depthwise ? own.side : 1;
       part.taps = side * side;
-      part.outputs = pointwise->size(0);
+      part.outputs = own.outputs;
       STD_TORCH_CHECK((side == 1 || side == 3 || side == 5) && dilation >= 1 && (shift == 0 || shift == 1), op,
                       ": kernels are 3x3 or 5x5, shifts 0 or 1");
       STD_TORCH_CHECK(part.source >= 0 && part.source < sources && part.output >= 0 && part.first >= 0, op,
                       ": a part names a source or an output that is not there");
-      STD_TORCH_CHECK(pointwise->numel() == part.outputs * frame.channels &&
-                          (!part.depthwise || depthwise->numel() == part.taps * frame.channels),
-                      op, ": weights do not fit the channels of the maps");
       part.flat = frame.flat && part.outputs == frame.channels;
       part.out_pitch = part.flat ? frame.channels : rounded_up(part.outputs, kLanes<T>);
       part.in_pitch = rounded_up(frame.channels, kLanes<T>);
@@ -86,7 +86,7 @@ class Plan {
       parts[p].dilation = frame.flat || stride == 2 ? 0 : field[3];
       place_taps(parts[p], field[3], field[4]);
       pack_kernel(parts[p], given[p].depthwise);
-      pack_pointwise(parts[p], torch::stable::contiguous(*given[p].pointwise), backward);
+      pack_pointwise(parts[p], given[p].pointwise, backward);
     }
   }
 
@@ -102,16 +102,14 @@ class Plan {
     std::reverse(part.mirrored.begin(), part.mirrored.end());
   }
 
-  void pack_kernel(Part<T>& part, const Tensor* depthwise) {
+  void pack_kernel(Part<T>& part, const T* depthwise) {
     constexpr int64_t lanes = kLanes<T>;
     part.kernel.assign(frame.vectors * part.taps * lanes, part.depthwise ? T(0) : T(1));
     part.turned = part.kernel;
     if (!part.depthwise) return;
-    const Tensor dense = torch::stable::contiguous(*depthwise);
-    const T* w = data<T>(dense);
     const int64_t width = frame.flat ? lanes : frame.channels;  // of flat rows the channels are repeated
     for (int64_t column = 0; column < width; ++column) {
-      const T* own = w + (frame.flat ? column % frame.channels : column) * part.taps;
+      const T* own = depthwise + (frame.flat ? column % frame.channels : column) * part.taps;
       T* const packed = part.kernel.data() + column / lanes * part.taps * lanes + column % lanes;
       T* const turned = part.turned.data() + (packed - part.kernel.data());
       for (int64_t t = 0; t < part.taps; ++t) {
@@ -121,9 +119,8 @@ class Plan {
     }
   }
 
-  void pack_pointwise(Part<T>& part, const Tensor& dense, bool backward) {
+  void pack_pointwise(Part<T>& part, const T* w, bool backward) {
     constexpr int64_t lanes = kLanes<T>;
-    const T* w = data<T>(dense);  // [outputs, channels]
     const int64_t channels = frame.channels;
     if (part.flat) {
       auto& packed = backward ? part.backward : part.forward;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -33,12 +34,15 @@ class Dots {
 
   // [pairs, 2, channels]
   void write(T* out) const {
-    for (int64_t p = 0; p < pairs_; ++p)
-      for (int64_t c = 0; c < 2 * channels_; ++c) {
-        double sum = 0;
-        for (int64_t b = 0; b < batch_; ++b) sum += images_[(p * batch_ + b) * 2 * channels_ + c];
-        out[p * 2 * channels_ + c] = static_cast<T>(sum);
+    std::vector<double> sum(2 * channels_);
+    for (int64_t p = 0; p < pairs_; ++p) {
+      std::fill(sum.begin(), sum.end(), 0.0);
+      for (int64_t b = 0; b < batch_; ++b) {
+        const double* image = images_.data() + (p * batch_ + b) * 2 * channels_;
+        for (int64_t c = 0; c < 2 * channels_; ++c) sum[c] += image[c];
       }
+      for (int64_t c = 0; c < 2 * channels_; ++c) out[p * 2 * channels_ + c] = static_cast<T>(sum[c]);
+    }
   }
 
  private:

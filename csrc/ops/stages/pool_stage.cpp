@@ -169,6 +169,43 @@ FASTNAS_INLINE inline void combine_row(T* const* totals, const T* const* pools, 
     for_each_value<T>(f.out_width, f.channels, body);
 }
 
+// The same as below where a pixel is whole vectors: what the windows of a row that overlap have sent to a pixel stays
+// in registers until the last of them, so that each pixel is read and written once for each of its three rows.
+template <class T>
+FASTNAS_INLINE inline void scatter_whole_pixels(T* dx, const T* low, const T* highest, const T* to_highest,
+                                                const T* to_average, const T* shares, const Frame<T>& f) {
+  const int64_t row = f.padded_row(), step = f.step;
+  for (int64_t v = 0; v < f.vectors * kLanes<T>; v += kLanes<T>) {
+    Vec<T> value[3][3], sum[3][3]{};
+    for (int r = 0; r < 3; ++r)
+      for (int c = 0; c < 2; ++c) value[r][c] = get(low + v + r * row + c * step);
+    for (int64_t j = 0; j < f.out_width; ++j) {
+      const int64_t at = v + j * step;
+      const Vec<T> top = get(highest + at), share = get(to_average + at) * get(shares + at);
+      Vec<T> left = get(to_highest + at);  // becomes zero once it has found its pixel
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) {
+        value[r][2] = get(low + at + r * row + 2 * step);
+#pragma GCC unroll 3
+        for (int c = 0; c < 3; ++c) {
+          const auto found = value[r][c] == top;
+          sum[r][c] += share + (found ? left : Vec<T>{});
+          left = found ? Vec<T>{} : left;
+        }
+        T* target = dx + at + r * row;
+        put(target, get(target) + sum[r][0]);
+        sum[r][0] = sum[r][1], sum[r][1] = sum[r][2], sum[r][2] = Vec<T>{};
+        value[r][0] = value[r][1], value[r][1] = value[r][2];
+      }
+    }
+    for (int r = 0; r < 3; ++r)
+      for (int c = 0; c < 2; ++c) {
+        T* target = dx + v + (f.out_width + c) * step + r * row;
+        put(target, get(target) + sum[r][c]);
+      }
+  }
+}
+
 // Sends a row's gradients back to its windows: that of the maximum to the first pixel that has it, that of the average
 // to all in equal shares. dx has the border of the image; what falls there is nobody's.
 template <class T>
@@ -177,6 +214,8 @@ FASTNAS_INLINE inline void scatter_row(T* dx, const T* low, const T* highest, co
   const Frame<T>& f = w.frame;
   const T* shares = w.shares_of_row(y);
   const int64_t positions = f.positions(f.out_width), start = y * f.padded_row_step();
+  if (!f.flat && f.stride == 1)
+    return scatter_whole_pixels(dx + start, low + start, highest, to_highest, to_average, shares, f);
   for (int64_t j = 0; j < positions; ++j)
     for (int64_t v = 0; v < f.vectors; ++v) {
       const int64_t at = j * f.step + v * kLanes<T>;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ops/stages/conv_stage.h"
+#include "ops/stages/flat_weights.h"
 #include "ops/stages/node_sum.h"
 #include "ops/stages/pool_stage.h"
 
@@ -27,7 +28,7 @@ struct Term {
 struct Layout {
   int64_t stride, first_outputs, second_outputs, nodes;
   std::vector<int64_t> first_parts, second_parts, second_from;
-  std::vector<bool> first_kernels, second_kernels;  // whether a part has a depthwise kernel
+  std::vector<int64_t> first_shapes, second_shapes;  // of each part: side of its depthwise kernel or 0, and outputs
   std::vector<Term> terms;
   int64_t pools = 0;
 
@@ -38,9 +39,9 @@ struct Layout {
       return *at++;
     };
     stride = next(), first_outputs = next(), second_outputs = next(), nodes = next();
-    for (auto [parts, kernels] : {std::pair{&first_parts, &first_kernels}, std::pair{&second_parts, &second_kernels}})
+    for (auto [parts, shapes] : {std::pair{&first_parts, &first_shapes}, std::pair{&second_parts, &second_shapes}})
       for (int64_t count = next(); count > 0; --count) {
-        kernels->push_back(next() != 0);
+        for (int64_t size = 0; size < 2; ++size) shapes->push_back(next());
         for (int64_t field = 0; field < Plan<float>::kFields; ++field) parts->push_back(next());
       }
     for (int64_t count = next(); count > 0; --count) second_from.push_back(next());
@@ -68,33 +69,20 @@ struct Layout {
   int64_t first_row(int64_t output) const { return 1 + pools + output; }
   int64_t second_row(int64_t output) const { return 1 + pools + first_outputs + output; }
   int64_t rows() const { return second_row(second_outputs); }
-
-  // Depthwise and pointwise weights of each part of a stage, from where `at` is on.
-  static std::vector<PartWeights> weights(const char* op, const std::vector<bool>& kernels,
-                                          const std::vector<Tensor>& given, size_t& at) {
-    std::vector<PartWeights> found;
-    for (const bool kernel : kernels) {
-      STD_TORCH_CHECK(at + kernel < given.size(), op, ": weights are missing");
-      const Tensor* depthwise = kernel ? &given[at++] : nullptr;
-      found.push_back({depthwise, &given[at++]});
-    }
-    return found;
-  }
 };
 
 struct Gradients {
-  Tensor dx, d_terms, first_dw, second_dw;  // without elements where they are not wanted
+  Tensor dx, d_terms, dw;  // without elements where they are not wanted
 };
 
 // The stages of a state on its map x.
 template <class T>
 class Source {
  public:
-  Source(const char* op, const Tensor& x, const std::vector<Tensor>& weights, const std::vector<int64_t>& packed,
+  Source(const char* op, const Tensor& x, const Tensor& weights, const std::vector<int64_t>& packed,
          const Tensor& mixture, bool backward)
       : layout_(op, packed), x_(x), view_{data<T>(x), map_of(op, x)} {
-    check_same_dtype(op, weights, x.scalar_type());
-    check_same_dtype(op, {mixture}, x.scalar_type());
+    check_same_dtype(op, {weights, mixture}, x.scalar_type());
     const Map& map = view_.map;
     out_ = {map.batch, ceil_div(map.height, layout_.stride), ceil_div(map.width, layout_.stride), map.channels,
             map.channels};
@@ -105,21 +93,20 @@ class Source {
           ": a term has no weight");
       scales_.push_back(data<T>(mixture)[term.edge * mixture.stride(0) + term.candidate]);
     }
-    size_t at = 0;
-    first_weights_ = Layout::weights(op, layout_.first_kernels, weights, at);
-    second_weights_ = Layout::weights(op, layout_.second_kernels, weights, at);
-    STD_TORCH_CHECK(at == weights.size(), op, ": there are more weights than parts");
+    FlatWeights<T> flat(op, weights, map.channels);
+    const auto first_weights = flat.take(layout_.first_shapes), second_weights = flat.take(layout_.second_shapes);
+    flat.finish();
     const auto plan = [&](const Map& input, const auto& parts, const auto& given, int64_t stride, int64_t sources) {
       Plan<T> made(op, input, parts, given, stride, sources, backward);
       STD_TORCH_CHECK(made.out_channels == map.channels, op, ": a stage changes the number of channels");
       return made;
     };
     if (layout_.first_outputs) {
-      first_plan_.emplace(plan(map, layout_.first_parts, first_weights_, layout_.stride, 1));
+      first_plan_.emplace(plan(map, layout_.first_parts, first_weights, layout_.stride, 1));
       STD_TORCH_CHECK(first_plan_->outputs == layout_.first_outputs, op, ": the first stage has other outputs");
     }
     if (layout_.second_outputs) {
-      second_plan_.emplace(plan(out_, layout_.second_parts, second_weights_, 1, second_sources()));
+      second_plan_.emplace(plan(out_, layout_.second_parts, second_weights, 1, second_sources()));
       STD_TORCH_CHECK(second_plan_->outputs == layout_.second_outputs, op, ": the second stage has other outputs");
     }
   }
@@ -200,7 +187,7 @@ class Source {
       std::copy_n(norm + layout_.terms[k].row * 2 * channels, channels, means.data() + k * channels);
     dot_terms(term_gs, term_maps(), means.data(), channels, dots.data());
     forget_pools();
-    Gradients found{sized(0), sized(count), sized(0), sized(0)};
+    Gradients found{sized(0), sized(count), sized(0)};
     T* d_terms = data<T>(found.d_terms);
     for (int64_t k = 0; k < count; ++k) {
       const T* own = norm + layout_.terms[k].row * 2 * channels;
@@ -362,16 +349,19 @@ class Source {
       std::copy_n(coef + k * width, width,
                   (term.stage == kFirst ? first_coef : second_coef).data() + term.index * width);
     }
+    T *first_dw = nullptr, *second_dw = nullptr;
+    if (need_dw) {
+      found.dw = sized(first_plan_->weights + (second_plan_ ? second_plan_->weights : 0));
+      first_dw = data<T>(found.dw), second_dw = first_dw + first_plan_->weights;
+    }
     Tensor between;
     if (layout_.second_outputs) {
       const int64_t inputs = second_sources();
       between = maps(inputs);
-      if (need_dw) found.second_dw = sized(second_plan_->weights);
       const std::vector<T> before = second_norms(norm);
       std::vector<T> dots(inputs * 2 * channels);
       convolve_backward<T>(*second_plan_, second_gs, all(second_, layout_.second_outputs), second_coef.data(),
-                           second_inputs(), before.data(), std::nullopt, data<T>(between), dots.data(),
-                           need_dw ? data<T>(found.second_dw) : nullptr);
+                           second_inputs(), before.data(), std::nullopt, data<T>(between), dots.data(), second_dw);
       for (int64_t i = 0; i < inputs; ++i) {
         const int64_t from = layout_.second_from[i];
         first_gs[from] = one(between, i);
@@ -382,10 +372,8 @@ class Source {
     }
     if (!need_dx && !need_dw) return;
     if (need_dx && !found.dx.numel()) found.dx = like_x();
-    if (need_dw) found.first_dw = sized(first_plan_->weights);
     convolve_backward<T>(*first_plan_, first_gs, all(first_, layout_.first_outputs), first_coef.data(), {view_},
-                         nullptr, base, need_dx ? data<T>(found.dx) : nullptr, nullptr,
-                         need_dw ? data<T>(found.first_dw) : nullptr);
+                         nullptr, base, need_dx ? data<T>(found.dx) : nullptr, nullptr, first_dw);
   }
 
   std::vector<View<T>> all(const Tensor& stage, int64_t count) const {
@@ -399,15 +387,14 @@ class Source {
   View<T> view_;
   Map out_;
   std::vector<T> scales_;  // of the terms
-  std::vector<PartWeights> first_weights_, second_weights_;
   std::optional<Plan<T>> first_plan_, second_plan_;
   Tensor pool_, first_, second_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> source_stage_fwd(Tensor x, std::vector<Tensor> weights,
-                                                            std::vector<int64_t> layout, Tensor mixture,
-                                                            std::optional<Tensor> given, std::vector<Tensor> nodes,
-                                                            std::vector<int64_t> begun, double eps, bool keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> source_stage_fwd(Tensor x, Tensor weights, std::vector<int64_t> layout,
+                                                            Tensor mixture, std::optional<Tensor> given,
+                                                            std::vector<Tensor> nodes, std::vector<int64_t> begun,
+                                                            double eps, bool keep) {
   constexpr const char* op = "source_stage_fwd";
   Tensor norms, stats = torch::stable::new_empty(x, {0}), first = stats, second = stats;
   dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
@@ -431,11 +418,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_stage_fwd(Tensor x, std::vecto
   return {norms, stats, first, second};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> source_stage_bwd(Tensor x, std::vector<Tensor> weights,
-                                                            std::vector<int64_t> layout, Tensor mixture, Tensor norms,
-                                                            Tensor first, Tensor second, std::vector<Tensor> gs,
-                                                            std::optional<Tensor> base, bool training, bool need_dx,
-                                                            bool need_dw) {
+std::tuple<Tensor, Tensor, Tensor> source_stage_bwd(Tensor x, Tensor weights, std::vector<int64_t> layout,
+                                                    Tensor mixture, Tensor norms, Tensor first, Tensor second,
+                                                    std::vector<Tensor> gs, std::optional<Tensor> base, bool training,
+                                                    bool need_dx, bool need_dw) {
   constexpr const char* op = "source_stage_bwd";
   Gradients found;
   dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
@@ -458,7 +444,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> source_stage_bwd(Tensor x, std::vecto
     }
     found = source.backward(views_like<T>(op, gs, source.out_map()), under, data<T>(norms), training, need_dx, need_dw);
   });
-  return {found.dx, found.d_terms, found.first_dw, found.second_dw};
+  return {found.dx, found.d_terms, found.dw};
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -43,18 +44,24 @@ class Statistics {
 
   // [outputs, 2, channels]
   void write(T* out) const {
-    for (int64_t o = 0; o < outputs_; ++o)
-      for (int64_t c = 0; c < channels_; ++c) {
-        double mean = 0, squares = 0;
-        for (int64_t b = 0; b < batch_; ++b) {
-          const double* image = images_.data() + (o * batch_ + b) * 2 * channels_;
-          const double step = image[c] - mean;
-          mean += step / (b + 1);
-          squares += image[channels_ + c] + step * step * pixels_ * b / (b + 1);
+    std::vector<double> mean(channels_), squares(channels_);
+    for (int64_t o = 0; o < outputs_; ++o) {
+      std::fill(mean.begin(), mean.end(), 0.0);
+      std::fill(squares.begin(), squares.end(), 0.0);
+      for (int64_t b = 0; b < batch_; ++b) {
+        const double* image = images_.data() + (o * batch_ + b) * 2 * channels_;
+        const double share = 1.0 / (b + 1), spread = share * pixels_ * b;
+        for (int64_t c = 0; c < channels_; ++c) {
+          const double step = image[c] - mean[c];
+          mean[c] += step * share;
+          squares[c] += image[channels_ + c] + step * step * spread;
         }
-        out[o * 2 * channels_ + c] = static_cast<T>(mean);
-        out[(o * 2 + 1) * channels_ + c] = static_cast<T>(squares / (static_cast<double>(batch_) * pixels_));
       }
+      for (int64_t c = 0; c < channels_; ++c) {
+        out[o * 2 * channels_ + c] = static_cast<T>(mean[c]);
+        out[(o * 2 + 1) * channels_ + c] = static_cast<T>(squares[c] / (static_cast<double>(batch_) * pixels_));
+      }
+    }
   }
 
  private:

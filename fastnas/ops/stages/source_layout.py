@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,21 +18,44 @@ STAGES = ("state", "pool", "first", "second")  # what a term is the output of
 
 @dataclass
 class Convolutions:
-    """The parts of a conv_stage. `kernels`: whether each has a depthwise convolution; `outputs`: how many there are."""
+    """The parts of a conv_stage. `sides`: of each one's depthwise kernel, 0 where it has none; `widths`: of each the
+    channels that it makes; `outputs`: how many there are."""
 
     parts: list[int] = field(default_factory=list)
-    kernels: list[bool] = field(default_factory=list)
+    sides: list[int] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
     outputs: int = 0
 
+    def shapes(self, channels: int) -> list[tuple[int, ...]]:
+        """Of the weights for maps of so many channels, part by part and depthwise before pointwise."""
+        pairs = zip(self.sides, self.widths, strict=True)
+        both = [((channels, 1, side, side), (width, channels, 1, 1)) for side, width in pairs]
+        return [shape for pair in both for shape in pair if shape[-1]]
+
     @property
-    def weight_count(self) -> int:
-        return len(self.kernels) + sum(self.kernels)
+    def flat_shapes(self) -> list[int]:
+        """Side and width of each part in turn, as the flat ops take them."""
+        return [number for pair in zip(self.sides, self.widths, strict=True) for number in pair]
+
+    def size(self, channels: int) -> int:
+        """How many numbers these weights are."""
+        return sum(map(math.prod, self.shapes(channels)))
+
+    def split(self, flat: Tensor, channels: int) -> list[Tensor]:
+        """The weights that lie end to end in `flat`, as views."""
+        shapes = self.shapes(channels)
+        parts = flat.split([math.prod(shape) for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def parted(self, weights: Sequence[Tensor], channels: int) -> list[Tensor]:
+        """The weights one by one, given so or as one row."""
+        return self.split(weights[0], channels) if len(weights) == 1 and weights[0].dim() == 1 else list(weights)
 
     def arranged(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights, part by part and depthwise before pointwise, as the depthwise and pointwise arguments of the op."""
+        """Weights, in the order of `shapes`, as the depthwise and pointwise arguments of the op."""
         given = iter(weights)
         none = weights[0].new_empty(0)
-        pairs = [(next(given) if kernel else none, next(given)) for kernel in self.kernels]
+        pairs = [(next(given) if side else none, next(given)) for side in self.sides]
         return [depthwise for depthwise, _ in pairs], [pointwise for _, pointwise in pairs]
 
 
@@ -94,13 +118,25 @@ class Layout:
         """The layout as the flat op takes it."""
         numbers = [self.stride, self.first.outputs, self.second.outputs, self.nodes]
         for stage in (self.first, self.second):
-            numbers.append(len(stage.kernels))
-            for part, kernel in enumerate(stage.kernels):
-                numbers += [int(kernel), *stage.parts[part * PART : (part + 1) * PART]]
+            numbers.append(len(stage.sides))
+            for part, shape in enumerate(zip(stage.sides, stage.widths, strict=True)):
+                numbers += [*shape, *stage.parts[part * PART : (part + 1) * PART]]
         numbers += [len(self.second_from), *self.second_from, len(self.terms)]
         for term in self.terms:
             numbers += [term.edge, term.candidate, term.node, STAGES.index(term.stage), term.index]
         return numbers
+
+    def size(self, channels: int) -> int:
+        """How many numbers the weights of both stages are."""
+        return self.first.size(channels) + self.second.size(channels)
+
+    def by_stage(self, weights: Sequence[Tensor], channels: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights of each stage one by one, given so or as one row."""
+        if len(weights) == 1 and weights[0].dim() == 1:
+            rows = weights[0].split([self.first.size(channels), self.second.size(channels)])
+            return self.first.split(rows[0], channels), self.second.split(rows[1], channels)
+        count = len(self.first.shapes(channels))
+        return list(weights[:count]), list(weights[count:])
 
     @classmethod
     def unpack(cls, packed: Sequence[int]) -> Layout:
@@ -109,7 +145,8 @@ class Layout:
         def convolutions(outputs: int) -> Convolutions:
             stage = Convolutions(outputs=outputs)
             for _ in range(next(numbers)):
-                stage.kernels.append(bool(next(numbers)))
+                stage.sides.append(next(numbers))
+                stage.widths.append(next(numbers))
                 stage.parts += islice(numbers, PART)
             return stage
 
@@ -154,3 +191,10 @@ class Indices:
         self.direct_terms = index(direct)
         self.direct_outputs = index([terms[number].index for number in direct])
         self.second_terms = index(layout.of_stage("second"))
+
+
+def end_to_end(weights: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The weights as one row, of `like` where there are none; no copy where they are one tensor."""
+    if len(weights) == 1:
+        return weights[0].reshape(-1)
+    return torch.cat([weight.reshape(-1) for weight in weights]) if weights else like.new_empty(0)

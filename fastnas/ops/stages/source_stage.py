@@ -10,21 +10,20 @@ for n pixels of the batch. No normalised tensor, no ReLU output, no depthwise ou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastnas import _backends
 from fastnas.ops._library import define
-from fastnas.ops.stages.source_layout import Layout
+from fastnas.ops.stages.source_layout import Layout, end_to_end
 from fastnas.ops.stages.source_steps import backward_stage_by_stage, forward_stage_by_stage
+from fastnas.ops.stages.whole import in_one_call
 
 
 def _unpacking(steps: Callable[..., Any]) -> Callable[..., Any]:
     """The reference of a flat op, whose layout is a list of integers."""
-    return lambda x, weights, layout, *more: steps(Layout.unpack(layout), x, weights, *more)
+    return lambda x, weights, layout, *more: steps(Layout.unpack(layout), x, [weights], *more)
 
 
 def _maps_of(x: Tensor, stride: int, count: int) -> Tensor:
@@ -34,7 +33,7 @@ def _maps_of(x: Tensor, stride: int, count: int) -> Tensor:
 
 def _fwd_fake(
     x: Tensor,
-    weights: list[Tensor],
+    weights: Tensor,
     layout: list[int],
     mixture: Tensor,
     given: Tensor | None,
@@ -55,7 +54,7 @@ def _fwd_fake(
 
 def _bwd_fake(
     x: Tensor,
-    weights: list[Tensor],
+    weights: Tensor,
     layout: list[int],
     mixture: Tensor,
     norms: Tensor,
@@ -66,43 +65,33 @@ def _bwd_fake(
     training: bool,
     need_dx: bool,
     need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    known, numbers = Layout.unpack(layout), [weight.numel() if need_dw else 0 for weight in weights]
-    count = known.first.weight_count
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_dx else 0),
-        x.new_empty(len(known.terms)),
-        x.new_empty(sum(numbers[:count])),
-        x.new_empty(sum(numbers[count:])),
+        x.new_empty(len(Layout.unpack(layout).terms)),
+        x.new_empty(len(weights) if need_dw else 0),
     )
 
 
 _source_stage_fwd = define(
-    "source_stage_fwd(Tensor x, Tensor[] weights, int[] layout, Tensor mixture, Tensor? given, Tensor(a!)[] nodes, "
+    "source_stage_fwd(Tensor x, Tensor weights, int[] layout, Tensor mixture, Tensor? given, Tensor(a!)[] nodes, "
     "int[] begun, float eps, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_unpacking(forward_stage_by_stage),
     fake=_fwd_fake,
 )
 _source_stage_bwd = define(
-    "source_stage_bwd(Tensor x, Tensor[] weights, int[] layout, Tensor mixture, Tensor norms, Tensor first, "
+    "source_stage_bwd(Tensor x, Tensor weights, int[] layout, Tensor mixture, Tensor norms, Tensor first, "
     "Tensor second, Tensor[] gs, Tensor? base, bool training, bool need_dx, bool need_dw) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     reference=_unpacking(backward_stage_by_stage),
     fake=_bwd_fake,
 )
 
 
-def _whole(x: Tensor) -> bool:
-    """Whether one compiled call does everything: where compiled kernels serve all stages. Whoever watches ops (a
-    profiler, or shapes alone) is shown each stage and what it allocates."""
-    chosen = (_backends.choose(stem, x.device.type) for stem in ("conv_stage", "node_sum", "pool_stage"))
-    return all(name == "native" for name in chosen) and not torch._C._len_torch_dispatch_stack()
-
-
 def source_stage_fwd(
     layout: Layout,
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     mixture: Tensor,
     given: Tensor | None,
     nodes: list[Tensor],
@@ -112,23 +101,23 @@ def source_stage_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the stages on the map x ``[B, H, W, C]`` and write every term, times its weight, to its node.
 
-    weights: those of both stages, part by part, depthwise before pointwise. mixture: ``[E, O]``, the weights of the
-    candidates of all edges. given: running mean and variance of all rows of the norms but the first,
-    ``[rows - 1, 2, C]``; without them the batch's own are measured. nodes: a map ``[B, H', W', C]`` each; `begun` says
-    which of them already hold something to add to.
+    weights: those of both stages, part by part, depthwise before pointwise, or all end to end in one row. mixture:
+    ``[E, O]``, the weights of the candidates of all edges. given: running mean and variance of all rows of the norms
+    but the first, ``[rows - 1, 2, C]``; without them the batch's own are measured. nodes: a map ``[B, H', W', C]``
+    each; `begun` says which of them already hold something to add to.
     Returns norms (mean and 1 / standard deviation, ``[rows, 2, C]``), mean and biased variance where they were
     measured, and the outputs of both stages, ``[outputs, B, H', W', C]``. What was not measured, or not kept, has no
     elements.
     """
-    if _whole(x):
-        return _source_stage_fwd(x, weights, layout.packed, mixture, given, nodes, begun, eps, keep)
+    if in_one_call(x):
+        return _source_stage_fwd(x, end_to_end(weights, x), layout.packed, mixture, given, nodes, begun, eps, keep)
     return forward_stage_by_stage(layout, x, weights, mixture, given, nodes, begun, eps, keep)
 
 
 def source_stage_bwd(
     layout: Layout,
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     mixture: Tensor,
     norms: Tensor,
     first: Tensor,
@@ -138,16 +127,27 @@ def source_stage_bwd(
     training: bool,
     need_dx: bool,
     need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `source_stage_fwd`, whose arguments and results come first.
 
-    gs: those of the nodes. Returns that of x on top of `base`, those of the weights of the terms ``[terms]``, and those
-    of the parameters of the first and of the second stage, flat, in the order of `weights`; what was not asked for has
-    no elements. Outputs of the stages that were not kept are computed again.
+    gs: those of the nodes. Returns that of x on top of `base`, those of the weights of the terms ``[terms]``, and that
+    of the weights, end to end; what was not asked for has no elements. Outputs of the stages that were not kept are
+    computed again.
     """
-    if _whole(x):
+    if in_one_call(x):
         return _source_stage_bwd(
-            x, weights, layout.packed, mixture, norms, first, second, gs, base, training, need_dx, need_dw
+            x,
+            end_to_end(weights, x),
+            layout.packed,
+            mixture,
+            norms,
+            first,
+            second,
+            gs,
+            base,
+            training,
+            need_dx,
+            need_dw,
         )
     return backward_stage_by_stage(
         layout, x, weights, mixture, norms, first, second, gs, base, training, need_dx, need_dw

@@ -19,8 +19,7 @@ class _Source:
 
     def __init__(self, layout: Layout, x: Tensor, weights: Sequence[Tensor], mixture: Tensor) -> None:
         self.layout, self.x, self.mixture = layout, x, mixture
-        count = layout.first.weight_count
-        self.first_weights, self.second_weights = weights[:count], weights[count:]
+        self.first_weights, self.second_weights = layout.by_stage(weights, x.shape[-1])
         self.indices = layout.indices(x.device)
         height, width = (-(-size // layout.stride) for size in x.shape[1:3])
         self.count = x.shape[0] * height * width  # pixels of the batch in an output
@@ -112,8 +111,8 @@ class _Source:
         training: bool,
         need_dx: bool,
         need_dw: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The gradient of x on top of `base`, and those of the parameters of both stages, flat."""
+    ) -> tuple[Tensor | None, Tensor]:
+        """The gradient of x on top of `base`, and that of the weights."""
         layout, indices = self.layout, self.indices
         first_gs: list[Tensor] = [self.x] * layout.first.outputs
         first_coef = coef.new_empty(layout.first.outputs, 4, coef.shape[-1])
@@ -141,7 +140,7 @@ class _Source:
                 first_gs[output] = gradient
             first_coef[indices.second_from] = through_norms(before, 1.0, dots, self.count, training)
         if not (need_dx or need_dw):
-            return base, second_dw, second_dw
+            return base, second_dw
         dx, _, first_dw = conv_stage_bwd(
             first_gs,
             list(self.first.unbind()),
@@ -155,13 +154,13 @@ class _Source:
             need_dx,
             need_dw,
         )
-        return dx[0] if need_dx else base, first_dw, second_dw
+        return dx[0] if need_dx else base, torch.cat([first_dw, second_dw])
 
 
 def forward_stage_by_stage(
     layout: Layout,
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     mixture: Tensor,
     given: Tensor | None,
     nodes: list[Tensor],
@@ -189,7 +188,7 @@ def forward_stage_by_stage(
 def backward_stage_by_stage(
     layout: Layout,
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     mixture: Tensor,
     norms: Tensor,
     first: Tensor,
@@ -199,7 +198,7 @@ def backward_stage_by_stage(
     training: bool,
     need_dx: bool,
     need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`source_stage_bwd`, one stage after another."""
     source = _Source(layout, x, weights, mixture)
     source.restore(norms, first, second)
@@ -210,9 +209,9 @@ def backward_stage_by_stage(
     coef = through_norms(own, source.scales(), dots, source.count, training)
     source.pool = None
     none = x.new_empty(0)
-    dx, first_dw, second_dw = base, none, none
+    dx, dw = base, none
     if need_dx:
         dx = source.through_pools(gs, coef, base)
     if layout.first.outputs:
-        dx, first_dw, second_dw = source.through_convolutions(norms, term_gs, coef, dx, training, need_dx, need_dw)
-    return dx if need_dx else none, (own[:, 1] * dots[:, 1]).sum(-1), first_dw, second_dw
+        dx, dw = source.through_convolutions(norms, term_gs, coef, dx, training, need_dx, need_dw)
+    return dx if need_dx else none, (own[:, 1] * dots[:, 1]).sum(-1), dw

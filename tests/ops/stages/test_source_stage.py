@@ -7,25 +7,25 @@ import torch
 
 import fastnas
 from fastnas import _backends
-from fastnas.ops.stages.source_layout import STAGES, Convolutions, Layout, Term
+from fastnas.ops.stages.source_layout import STAGES, Convolutions, Layout, Term, end_to_end
 from fastnas.ops.stages.source_stage import source_stage_bwd, source_stage_fwd
 from fastnas.ops.stages.source_steps import backward_stage_by_stage, forward_stage_by_stage
 
 native = pytest.mark.skipif(_backends.choose("conv_stage", "cpu") != "native", reason="no compiled kernels")
 EPS = 1e-5
+CHANNELS = 8
 
 
-def layout_of(seed: int, stride: int) -> tuple[Layout, list[tuple[int, bool]]]:
-    """Terms of every kind in random order, and of each weight its kernel's side and whether it is half an output."""
+def layout_of(seed: int, stride: int) -> Layout:
+    """Terms of every kind in random order."""
     draw = random.Random(seed)
-    first, second, second_from, terms, sides = Convolutions(), Convolutions(), [], [], ([], [])
+    first, second, second_from, terms = Convolutions(), Convolutions(), [], []
     nodes = draw.randint(1, 3)
 
     def part(stage: Convolutions, source: int, side: int, first: int = 0, shift: int = 0, half: bool = False) -> None:
         stage.parts += [source, stage.outputs - 1, first, draw.choice((1, 2)) if side > 1 else 1, shift]
-        stage.kernels.append(side > 1)
-        kinds = sides[0] if stage is not second else sides[1]
-        kinds.extend([(side, False)] * (side > 1) + [(1, half)])
+        stage.sides.append(side if side > 1 else 0)
+        stage.widths.append(CHANNELS // 2 if half else CHANNELS)
 
     kinds = [draw.choice(("none", "state", "pool", "reduce", "dil", "sep")) for _ in range(6)]
     if seed % 4 == 0:
@@ -53,25 +53,22 @@ def layout_of(seed: int, stride: int) -> tuple[Layout, list[tuple[int, bool]]]:
         if place:
             terms.append(Term(edge, draw.randrange(4), len(terms) % nodes, *place))
     nodes = min(nodes, len(terms))
-    return Layout(stride, nodes, first, second, second_from, terms), [*sides[0], *sides[1]]
+    return Layout(stride, nodes, first, second, second_from, terms)
 
 
-def problem(seed: int, stride: int, dtype: torch.dtype = torch.double, channels: int = 8):
+def problem(seed: int, stride: int, dtype: torch.dtype = torch.double):
     """Layout, x, weights, mixture and gradients of the nodes."""
-    layout, kinds = layout_of(seed, stride)
+    layout = layout_of(seed, stride)
     torch.manual_seed(seed)
-    weights = [
-        torch.randn(channels, 1, side, side, dtype=dtype)
-        if side > 1
-        else torch.randn(channels // 2 if half else channels, channels, 1, 1, dtype=dtype) / channels
-        for side, half in kinds
-    ]
-    size = (2, -(-7 // stride), -(-6 // stride), channels)
-    x = torch.randn(2, 7, 6, channels + 3, dtype=dtype)[..., 3:]
+    shapes = [*layout.first.shapes(CHANNELS), *layout.second.shapes(CHANNELS)]
+    weights = [torch.randn(shape, dtype=dtype) / (1 if shape[1] == 1 else CHANNELS) for shape in shapes]
+    flat = torch.cat([weight.flatten() for weight in weights]) if weights else torch.empty(0, dtype=dtype)
+    size = (2, -(-7 // stride), -(-6 // stride), CHANNELS)
+    x = torch.randn(2, 7, 6, CHANNELS + 3, dtype=dtype)[..., 3:]
     return (
         layout,
         x,
-        weights,
+        [flat] if seed % 2 else weights,
         torch.randn(6, 4, dtype=dtype),
         [torch.randn(size, dtype=dtype) for _ in range(layout.nodes)],
     )
@@ -114,14 +111,14 @@ def test_only_what_is_asked_for(need_dx: bool, need_dw: bool) -> None:
     norms, _, first, second = source_stage_fwd(layout, x, weights, mixture, None, nodes, begun, EPS, True)
     arguments = (layout, x, weights, mixture, norms, first, second, gs, None, True)
     whole = source_stage_bwd(*arguments, True, True)
-    dx, d_terms, *dw = source_stage_bwd(*arguments, need_dx, need_dw)
+    dx, d_terms, dw = source_stage_bwd(*arguments, need_dx, need_dw)
     torch.testing.assert_close(d_terms, whole[1])
-    assert [bool(t.numel()) for t in (dx, *dw)] == [need_dx, *(need_dw and bool(t.numel()) for t in whole[2:])]
+    assert [bool(dx.numel()), bool(dw.numel())] == [need_dx, need_dw]
 
 
 def test_a_layout_survives_packing() -> None:
     for seed in range(12):
-        layout, _ = layout_of(seed, 1)
+        layout = layout_of(seed, 1)
         again = Layout.unpack(layout.packed)
         assert again.packed == layout.packed
         assert (again.terms, again.first, again.second) == (layout.terms, layout.first, layout.second)
@@ -136,6 +133,8 @@ def test_a_layout_survives_packing() -> None:
         (lambda numbers: [*numbers, 0], "behind its end"),
         (lambda numbers: [*numbers[:-2], 7, 0], "what is not there"),
         (lambda numbers: [*numbers[:-5], 99, *numbers[-4:]], "has no weight"),
+        (lambda numbers: [*numbers[:5], 99, *numbers[6:]], "weights are missing"),
+        (lambda numbers: [*numbers[:5], 0, *numbers[6:]], "more weights than parts"),
     ],
 )
 def test_a_wrong_layout_is_an_error(spoil, message: str) -> None:
@@ -143,13 +142,13 @@ def test_a_wrong_layout_is_an_error(spoil, message: str) -> None:
     nodes = [torch.empty_like(g) for g in gs]
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fastnas.source_stage_fwd(
-            x, weights, spoil(layout.packed), mixture, None, nodes, [0] * len(gs), EPS, True
+            x, end_to_end(weights, x), spoil(layout.packed), mixture, None, nodes, [0] * len(gs), EPS, True
         )
 
 
 @native
 def test_the_flat_ops_keep_the_rules_of_custom_ops() -> None:
-    layout, x, weights, mixture, gs = problem(3, 1, torch.float32)
+    layout, x, [weights], mixture, gs = problem(3, 1, torch.float32)
     nodes = [torch.zeros_like(g) for g in gs]
     forward = (x, weights, layout.packed, mixture, None, nodes, [1] * len(gs), EPS, True)
     tests = ("test_schema", "test_faketensor")
