@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "ops/stages/channel_shuffle.h"
 #include "ops/stages/chunks.h"
 #include "ops/stages/frame.h"
 #include "ops/stages/scratch.h"
@@ -14,50 +15,47 @@
 namespace fastnas {
 namespace {
 
-// out[c], c in [0, channels): the 2x2 window of a pixel at stride 2, or the pixel itself. body(c, highest, its place).
+// The highest of the 2x2 window of each pixel of row y at stride 2, rounding up, the first one where several are equal.
+// body(pixel, channel, highest, which one as a number: 0 and 1 above, 2 and 3 below).
 template <class T, class Body>
-FASTNAS_INLINE inline void for_each_bypassed(const Map& m, const T* image, int64_t y, int64_t x, int64_t stride,
-                                             int64_t selected, const Body& body) {
+FASTNAS_INLINE inline void for_each_window(const Map& m, const T* image, int64_t y, const Body& body) {
   const int64_t row = m.width * m.pixel;
-  const T* p = image + stride * (y * row + x * m.pixel);
-  const bool right = stride == 2 && 2 * x + 1 < m.width, down = stride == 2 && 2 * y + 1 < m.height;
-  for (int64_t c = selected; c < m.channels; ++c) {
-    T best = p[c];
-    int64_t place = c;
-    const auto offer = [&](int64_t at) FASTNAS_INLINE {
-      if (p[at] > best) {
-        best = p[at];
-        place = at;
-      }
+  const T* above = image + 2 * y * row;
+  const bool down = 2 * y + 1 < m.height;
+  for_each_value<T>(ceil_div(m.width, 2), m.channels, [&](int64_t x, int64_t c, auto v) FASTNAS_INLINE {
+    const T* p = above + 2 * x * m.pixel + c;
+    const bool right = 2 * x + 1 < m.width;
+    auto highest = v, which = v - v;
+    read(p, highest);
+    const auto offer = [&](int64_t at, int number) FASTNAS_INLINE {
+      read(p + at, v);
+      const auto higher = v > highest;
+      which = higher ? decltype(v){} + static_cast<T>(number) : which;
+      highest = higher ? v : highest;
     };
-    if (right) offer(c + m.pixel);
-    if (down) offer(c + row);
-    if (right && down) offer(c + row + m.pixel);
-    body(c, best, place);
-  }
-}
-
-// body(pixel, channel before the shuffle, channel after it)
-template <class Body>
-FASTNAS_INLINE inline void permute(int64_t width, int64_t channels, int64_t k, const Body& body) {
-  const auto run = [&](auto groups) FASTNAS_INLINE {
-    const int64_t selected = channels / groups;
-    for (int64_t x = 0; x < width; ++x)
-      for (int64_t i = 0; i < selected; ++i)
-        for (int64_t g = 0; g < groups; ++g) body(x, g * selected + i, i * groups + g);
-  };
-  if (k == 4) return run(std::integral_constant<int, 4>{});
-  if (k == 2) return run(std::integral_constant<int, 2>{});
-  run(k);
-}
-
-// A row back in the order before the shuffle.
-template <class T>
-FASTNAS_INLINE inline void unshuffle(T* out, const T* in, int64_t in_pixel, int64_t width, int64_t channels,
-                                     int64_t k) {
-  permute(width, channels, k, [&](int64_t x, int64_t before, int64_t after) FASTNAS_INLINE {
-    out[x * channels + before] = in[x * in_pixel + after];
+    if (right) offer(m.pixel, 1);
+    if (down) offer(row, 2);
+    if (right && down) offer(row + m.pixel, 3);
+    body(x, c, highest, which);
   });
+}
+
+// sum += beta * in, row by row
+template <class T>
+FASTNAS_INLINE inline void add_row(T* sum, const T* in, int64_t pixel, T beta, int64_t width, int64_t channels) {
+  for_each_value<T>(width, channels, [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+    auto s = v;
+    read(in + p * pixel + c, v);
+    read(sum + p * channels + c, s);
+    write(sum + p * channels + c, s + v * beta);
+  });
+}
+
+template <class T>
+std::vector<const T*> pointers(const std::vector<Tensor>& tensors) {
+  std::vector<const T*> found;
+  for (const auto& t : tensors) found.push_back(data<T>(t));
+  return found;
 }
 
 struct Sources {
@@ -90,6 +88,9 @@ void partial_join(Tensor out, Tensor mixed, std::vector<Tensor> xs, std::vector<
     const Tensor weights = torch::stable::contiguous(betas);
     const T* beta = data<T>(weights);
     T* y_data = data<T>(out);
+    const T* mixed_data = data<T>(mixed);
+    const auto inputs = pointers<T>(xs);
+    const ChannelShuffle<T> shuffle(channels, k, false);
     torch::stable::parallel_for(0, map.batch * map.height, 4, [&](int64_t begin, int64_t end) {
       Scratch<T> sums(map.width * channels);
       T* sum = sums.data();
@@ -97,31 +98,21 @@ void partial_join(Tensor out, Tensor mixed, std::vector<Tensor> xs, std::vector<
         for (int64_t r = begin; r < end; ++r) {
           const int64_t b = r / map.height, y = r % map.height;
           std::fill_n(sum, map.width * channels, T(0));
-          for (size_t n = 0; n < xs.size(); ++n) {
+          for (size_t n = 0; n < inputs.size(); ++n) {
             const Map& m = sources.maps[n];
-            const T* image = data<T>(xs[n]) + b * m.image();
-            if (strides[n] == 1) {
-              const T* row = image + y * m.width * m.pixel;
-              for_each_value<T>(map.width, channels, [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
-                auto s = v;
-                read(row + p * m.pixel + c, v);
-                read(sum + p * channels + c, s);
-                write(sum + p * channels + c, s + v * beta[n]);
+            const T* image = inputs[n] + b * m.image();
+            if (strides[n] == 1)
+              add_row(sum, image + y * m.width * m.pixel, m.pixel, beta[n], map.width, channels);
+            else
+              for_each_window(m, image, y, [&](int64_t x, int64_t c, auto highest, auto s) FASTNAS_INLINE {
+                read(sum + x * channels + c, s);
+                write(sum + x * channels + c, s + highest * beta[n]);
               });
-            } else {
-              for (int64_t x = 0; x < map.width; ++x)
-                for_each_bypassed(m, image, y, x, 2, selected, [&](int64_t c, T best, int64_t) FASTNAS_INLINE {
-                  sum[x * channels + c] += best * beta[n];
-                });
-            }
           }
-          const T* mix = data<T>(mixed) + r * map.width * mixed_map.pixel;
+          const T* mix = mixed_data + r * map.width * mixed_map.pixel;
           for (int64_t x = 0; x < map.width; ++x)
             for (int64_t i = 0; i < selected; ++i) sum[x * channels + i] = mix[x * mixed_map.pixel + i];
-          T* o = y_data + r * map.width * map.pixel;
-          permute(map.width, channels, k, [&](int64_t x, int64_t before, int64_t after) FASTNAS_INLINE {
-            o[x * map.pixel + after] = sum[x * channels + before];
-          });
+          shuffle.run(y_data + r * map.width * map.pixel, map.pixel, sum, channels, map.width);
         }
       });
     });
@@ -140,6 +131,9 @@ std::tuple<Tensor, Tensor> partial_join_bwd(Tensor g, std::vector<Tensor> xs, st
   dispatch_full_width(g.scalar_type(), op, [&](auto tag) {
     using T = decltype(tag);
     T* mix = static_cast<T*>(mixed.data_ptr());
+    const T* g_data = data<T>(g);
+    const auto inputs = pointers<T>(xs);
+    const ChannelShuffle<T> unshuffle(channels, k, true);
     std::vector<double> images(map.batch * count);
     for_each_chunk(map.batch, chunk_count(map.batch), [&](int64_t, int64_t begin, int64_t end) {
       Scratch<T> row_memory(map.width * channels);
@@ -148,7 +142,7 @@ std::tuple<Tensor, Tensor> partial_join_bwd(Tensor g, std::vector<Tensor> xs, st
         for (int64_t b = begin; b < end; ++b)
           for (int64_t y = 0; y < map.height; ++y) {
             const int64_t r = b * map.height + y;
-            unshuffle(row, data<T>(g) + r * map.width * map.pixel, map.pixel, map.width, channels, k);
+            unshuffle.run(row, channels, g_data + r * map.width * map.pixel, map.pixel, map.width);
             for (int64_t x = 0; x < map.width; ++x)
               for (int64_t i = 0; i < selected; ++i) {
                 mix[(r * map.width + x) * selected + i] = row[x * channels + i];
@@ -156,26 +150,24 @@ std::tuple<Tensor, Tensor> partial_join_bwd(Tensor g, std::vector<Tensor> xs, st
               }
             for (int64_t n = 0; n < count; ++n) {
               const Map& m = sources.maps[n];
-              const T* image = data<T>(xs[n]) + b * m.image();
+              const T* image = inputs[n] + b * m.image();
               Vec<T> total{};
               T rest = 0;
-              if (strides[n] == 1) {
-                const T* in = image + y * m.width * m.pixel;
-                for_each_value<T>(map.width, channels, [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
-                  auto d = v;
-                  read(in + p * m.pixel + c, v);
-                  read(row + p * channels + c, d);
-                  if constexpr (sizeof(v) == sizeof(T))
-                    rest += v * d;
-                  else
-                    total += v * d;
+              const auto add = [&](int64_t x, int64_t c, auto v, auto d) FASTNAS_INLINE {
+                read(row + x * channels + c, d);
+                if constexpr (sizeof(v) == sizeof(T))
+                  rest += v * d;
+                else
+                  total += v * d;
+              };
+              const T* in = image + y * m.width * m.pixel;
+              if (strides[n] == 1)
+                for_each_value<T>(map.width, channels, [&](int64_t x, int64_t c, auto v) FASTNAS_INLINE {
+                  read(in + x * m.pixel + c, v);
+                  add(x, c, v, v);
                 });
-              } else {
-                for (int64_t x = 0; x < map.width; ++x)
-                  for_each_bypassed(m, image, y, x, 2, selected, [&](int64_t c, T best, int64_t) FASTNAS_INLINE {
-                    rest += best * row[x * channels + c];
-                  });
-              }
+              else
+                for_each_window(m, image, y, add);
               for (int64_t lane = 0; lane < kLanes<T>; ++lane) rest += total[lane];
               images[b * count + n] += rest;
             }
@@ -212,45 +204,55 @@ Tensor partial_join_dx(Tensor x, std::vector<Tensor> gs, Tensor betas, int64_t s
     const Tensor weights = torch::stable::contiguous(betas);
     const T* beta = data<T>(weights);
     T* dx = static_cast<T*>(out.data_ptr());
+    const T *x_data = data<T>(x), *mixed_data = data<T>(mixed), *base_data = base ? data<T>(*base) : nullptr;
+    const auto gradients = pointers<T>(gs);
+    const ChannelShuffle<T> unshuffle(channels, k, true);
     torch::stable::parallel_for(0, map.batch * out_map.height, 4, [&](int64_t begin, int64_t end) {
       Scratch<T> shuffled(out_map.width * channels), rows(out_map.width * channels);
+      Scratch<T> own_memory(stride == 2 ? map.width * channels : 0);
       vectorised([&]() FASTNAS_INLINE {
         for (int64_t r = begin; r < end; ++r) {
           const int64_t b = r / out_map.height, y = r % out_map.height;
           T* sum = shuffled.data();
           std::fill_n(sum, out_map.width * channels, T(0));
-          for (size_t n = 0; n < gs.size(); ++n) {
-            const T* g = data<T>(gs[n]) + r * out_map.width * maps[n].pixel;
-            for_each_value<T>(out_map.width, channels, [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
-              auto s = v;
-              read(g + p * maps[n].pixel + c, v);
-              read(sum + p * channels + c, s);
-              write(sum + p * channels + c, s + v * beta[n]);
+          for (size_t n = 0; n < gradients.size(); ++n)
+            add_row(sum, gradients[n] + r * out_map.width * maps[n].pixel, maps[n].pixel, beta[n], out_map.width,
+                    channels);
+          T* row = rows.data();
+          unshuffle.run(row, channels, sum, channels, out_map.width);
+          for (int64_t p = 0; p < out_map.width; ++p) std::fill_n(row + p * channels, selected, T(0));
+          // The rows of x that this one of the output comes from: the selected channels, and at stride 1 the others.
+          for (int64_t in_y = y * stride; in_y < std::min(map.height, (y + 1) * stride); ++in_y) {
+            const int64_t first = (b * map.height + in_y) * map.width;
+            T* own = stride == 1 ? row : own_memory.data();
+            if (stride == 2) std::fill_n(own, map.width * channels, T(0));
+            const T* mix = mixed_data + first * mixed_map.pixel;
+            for (int64_t p = 0; p < map.width; ++p)
+              for (int64_t c = 0; c < selected; ++c) own[p * channels + c] = mix[p * mixed_map.pixel + c];
+            for_each_value<T>(map.width, channels, [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
+              auto more = v;
+              read(own + p * channels + c, v);
+              if (base_data) {
+                read(base_data + (first + p) * base_map.pixel + c, more);
+                v += more;
+              }
+              write(dx + (first + p) * channels + c, v);
             });
           }
-          const T* row = rows.data();
-          unshuffle(rows.data(), sum, channels, out_map.width, channels, k);
-          // The rows of x that this one of the output comes from.
-          const T* image = data<T>(x) + b * map.image();
-          for (int64_t in_y = y * stride; in_y < std::min(map.height, (y + 1) * stride); ++in_y)
-            for (int64_t in_x = 0; in_x < map.width; ++in_x) {
-              const int64_t pixel = (b * map.height + in_y) * map.width + in_x;
-              const T* more = base ? data<T>(*base) + pixel * base_map.pixel : nullptr;
-              const T* mix = data<T>(mixed) + pixel * mixed_map.pixel;
-              T* o = dx + pixel * channels;
-              for (int64_t c = 0; c < selected; ++c) o[c] = mix[c];
-              for (int64_t c = selected; c < channels; ++c) o[c] = stride == 1 ? row[in_x * channels + c] : T(0);
-              if (more)
-                for (int64_t c = 0; c < channels; ++c) o[c] += more[c];
-            }
           if (stride == 1) continue;
-          T* target = dx + ((b * map.height + 2 * y) * map.width) * channels;
-          for (int64_t out_x = 0; out_x < out_map.width; ++out_x)
-            for_each_bypassed(map, image, y, out_x, 2, selected, [&](int64_t c, T, int64_t place) FASTNAS_INLINE {
-              const int64_t far = place - c, down = far >= map.width * map.pixel;
-              const int64_t right = (far - down * map.width * map.pixel) / map.pixel;
-              target[(down * map.width + 2 * out_x + right) * channels + c] += row[out_x * channels + c];
-            });
+          T* target = dx + (b * map.height + 2 * y) * map.width * channels;
+          for_each_window(map, x_data + b * map.image(), y,
+                          [&](int64_t p, int64_t c, auto v, auto which) FASTNAS_INLINE {
+                            auto before = v;
+                            read(row + p * channels + c, v);
+                            for (int number = 0; number < 4; ++number) {
+                              if ((number % 2 && 2 * p + 1 >= map.width) || (number / 2 && 2 * y + 1 >= map.height))
+                                continue;
+                              T* pixel = target + (number / 2 * map.width + 2 * p + number % 2) * channels + c;
+                              read(pixel, before);
+                              write(pixel, before + (which == static_cast<T>(number) ? v : decltype(v){}));
+                            }
+                          });
         }
       });
     });

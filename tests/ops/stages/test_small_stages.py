@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastnas import _backends
 from fastnas.ops.stages import node_sum, partial_join, pool_stage
 
-CASES = list(itertools.product((1, 3, 4, 8, 16, 20, 32), ((1, 1, 1), (3, 5, 7), (2, 17, 33)), (0, 3)))
+CASES = list(itertools.product((1, 3, 4, 8, 16, 20, 32, 64), ((1, 1, 1), (3, 5, 7), (2, 17, 33)), (0, 3)))
 DTYPES = [torch.float64, torch.float32]
 native = pytest.mark.skipif(_backends.choose("node_sum", "cpu") != "native", reason="no compiled kernels")
 
