@@ -33,13 +33,22 @@ class ChannelSums {
   }
   const T* centre() const { return centre_.data(); }
 
+  // An eighth of the image, as rows, and how many pixels these are.
+  int64_t eighth() const { return rows_ / 8; }
+  int64_t pixels_of(int64_t rows) const { return rows * (width_ / channels_); }
+
   // first[c], second[c] = sums of a and b, to which term(row, column, a, b) adds what is there: vectors or numbers.
   template <class Term>
   FASTNAS_INLINE inline void sum(double* first, double* second, const Term& term) {
+    sum_rows(first, second, term, rows_, rest_);
+  }
+  // The same over the first rows only.
+  template <class Term>
+  FASTNAS_INLINE inline void sum_rows(double* first, double* second, const Term& term, int64_t rows, int64_t rest = 0) {
     std::fill(first_.begin(), first_.end(), 0.0);
     std::fill(second_.begin(), second_.end(), 0.0);
-    for (int64_t start = 0; start < rows_; start += kRowsInFull) {
-      const int64_t end = std::min(rows_, start + kRowsInFull);
+    for (int64_t start = 0; start < rows; start += kRowsInFull) {
+      const int64_t end = std::min(rows, start + kRowsInFull);
       int64_t c = 0;
       for (; c + kLanes<T> <= width_; c += kLanes<T>) {
         Vec<T> a[kTogether]{}, b[kTogether]{};
@@ -65,9 +74,9 @@ class ChannelSums {
         second_[c] += b;
       }
     }
-    for (int64_t c = 0; c < rest_; ++c) {
+    for (int64_t c = 0; c < rest; ++c) {
       T a = 0, b = 0;
-      term(rows_, c, a, b);
+      term(rows, c, a, b);
       first_[c] += a;
       second_[c] += b;
     }

@@ -108,15 +108,15 @@ class Plan {
     part.turned = part.kernel;
     if (!part.depthwise) return;
     const int64_t width = frame.flat ? lanes : frame.channels;  // of flat rows the channels are repeated
-    for (int64_t column = 0; column < width; ++column) {
-      const T* own = depthwise + (frame.flat ? column % frame.channels : column) * part.taps;
-      T* const packed = part.kernel.data() + column / lanes * part.taps * lanes + column % lanes;
-      T* const turned = part.turned.data() + (packed - part.kernel.data());
+    for (int64_t first = 0; first < width; first += lanes)
       for (int64_t t = 0; t < part.taps; ++t) {
-        packed[t * lanes] = own[t];
-        turned[t * lanes] = own[part.taps - 1 - t];
+        T* const packed = part.kernel.data() + first * part.taps + t * lanes;
+        T* const turned = part.turned.data() + first * part.taps + (part.taps - 1 - t) * lanes;
+        for (int64_t lane = 0; lane < std::min(lanes, width - first); ++lane) {
+          const int64_t channel = frame.flat ? lane % frame.channels : first + lane;
+          packed[lane] = turned[lane] = depthwise[channel * part.taps + t];
+        }
       }
-    }
   }
 
   void pack_pointwise(Part<T>& part, const T* w, bool backward) {
@@ -136,8 +136,8 @@ class Plan {
         std::copy(w + o * channels, w + (o + 1) * channels, part.backward.begin() + o * part.in_pitch);
     } else {
       part.forward.assign(channels * part.out_pitch, T(0));
-      for (int64_t o = 0; o < part.outputs; ++o)
-        for (int64_t c = 0; c < channels; ++c) part.forward[c * part.out_pitch + o] = w[o * channels + c];
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t o = 0; o < part.outputs; ++o) part.forward[c * part.out_pitch + o] = w[o * channels + c];
     }
   }
 };
