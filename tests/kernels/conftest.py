@@ -96,6 +96,7 @@ def _load_on_host(stem: str) -> torch.library.Library:
         library = Path(folder) / f"{stem}.so"
         command = [compiler, "-shared", "-fPIC", "-std=c++20", "-O1", "-fvisibility=hidden", "-fopenmp-simd"]
         command += ["-Wall", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+        command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU would stop as well
         command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f'-DFASTNAS_SOURCE="ops/cuda/{stem}.cu"']
         command += [f"-I{Path(__file__).parent / 'cuda_host'}", f"-I{ROOT / 'csrc'}"]
         command += ["-isystem", str(torch_home / "include"), str(Path(__file__).parent / "cuda_host" / "ops.cpp")]

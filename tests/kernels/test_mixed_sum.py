@@ -30,9 +30,9 @@ def test_any_number_of_tensors(check, count: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("start", [0, 1, 8])
-def test_rows_of_larger_tensors_from_any_element_on(check, start: int, dtype: torch.dtype) -> None:
-    xs = [torch.randn(3, 2, 1000, dtype=torch.float64).to(dtype)[:, 1, start : start + 960] for _ in range(K)]
+@pytest.mark.parametrize(("width", "start"), [(1000, 0), (1000, 1), (1000, 8), (1001, 0)])
+def test_rows_of_larger_tensors_from_any_element_on(check, width: int, start: int, dtype: torch.dtype) -> None:
+    xs = [torch.randn(3, width, dtype=torch.float64).to(dtype)[:, start : start + 960] for _ in range(K)]
     check(call, fastnas.mixed_sum, reference, [weights_for(K), *xs])
 
 

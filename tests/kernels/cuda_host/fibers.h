@@ -14,7 +14,7 @@
 namespace fibers {
 
 constexpr size_t kStack = 1 << 16;
-constexpr unsigned kMost = 1024;
+constexpr unsigned kMost = 1024, kWarp = 32;
 
 struct Fiber {
   ucontext_t start;
@@ -28,7 +28,7 @@ struct Barrier {
 };
 
 inline Fiber all[kMost];
-inline Barrier barriers[1 + kMost / 32];
+inline Barrier barriers[1 + kMost / kWarp];
 inline std::unique_ptr<char[]> stacks{new char[kStack * kMost]};
 inline jmp_buf scheduler;
 inline ucontext_t scheduler_context;
@@ -65,7 +65,8 @@ inline void resume(Fiber& f) {
   swapcontext(&scheduler_context, &f.start);
 }
 
-// Runs `count` fibers of `work`, in turn until all are done; `turn(i)` is called whenever fiber i goes on.
+// Runs `count` fibers of `work` until all are done; `turn(i)` is called whenever fiber i goes on. A warp goes as far as
+// it can before the next one, so that what lacks a barrier shows.
 inline void run(unsigned count, bool backwards, const std::function<void(unsigned)>& turn,
                 const std::function<void()>& work) {
   body = &work;
@@ -80,9 +81,10 @@ inline void run(unsigned count, bool backwards, const std::function<void(unsigne
     f.start.uc_link = nullptr;
     makecontext(&f.start, enter, 0);
   }
-  for (unsigned left = count; left > 0;) {
+  unsigned left = count;
+  const auto step_warp = [&](unsigned first) {
     bool moved = false;
-    for (unsigned step = 0; step < count; ++step) {
+    for (unsigned step = first; step < first + kWarp && step < count; ++step) {
       const unsigned i = backwards ? count - 1 - step : step;
       if (all[i].done || waits(all[i])) continue;
       current = i;
@@ -91,6 +93,12 @@ inline void run(unsigned count, bool backwards, const std::function<void(unsigne
       moved = true;
       left -= all[i].done;
     }
+    return moved;
+  };
+  while (left > 0) {
+    bool moved = false;
+    for (unsigned first = 0; first < count; first += kWarp)
+      while (step_warp(first)) moved = true;
     if (!moved) {
       std::fputs("a barrier or shuffle is not reached by all of its threads\n", stderr);
       std::abort();

@@ -2,8 +2,8 @@
 
 // Takes the place of csrc/common/launch.cuh where kernels are compiled for the host: CUDA's words, and a launch that
 // runs a block's threads as fibers. A thread runs until a barrier or a shuffle, then the next one does; blocks
-// alternate between first to last and last to first, so that what relies on an order shows. It says nothing about
-// speed, alignment or what two threads do at the same time.
+// alternate between first to last and last to first, so that what relies on an order shows. It says nothing about speed
+// or what two threads do at the same time.
 
 #include <torch/csrc/stable/tensor.h>
 
