@@ -5,7 +5,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := .venv/.build.lock
-SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+SOURCES := setup.py $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 LIBRARY := fastnas/_C.abi3.so
@@ -25,7 +25,7 @@ bench: $(BUILT)
 lint: $(BUILT)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	@find csrc tests/kernels/cuda_host -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 docs: $(BUILT)
 	@$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,23 @@ def compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+def toolkit_problem() -> str:
+    """What is missing to build for the CUDA that torch was built with; empty when nothing is."""
+    home = cpp_extension.CUDA_HOME
+    if torch.version.cuda is None or home is None:
+        return "nvcc or a CUDA build of torch is missing"
+    nvcc = Path(home, "bin", "nvcc")
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False) if nvcc.exists() else None
+    release = re.search(r"release (\d+)\.\d+", done.stdout if done else "")
+    if release is None:
+        return f"{nvcc} does not run, set CUDA_HOME to the toolkit"
+    if release[1] != torch.version.cuda.partition(".")[0]:
+        return f"nvcc is of CUDA {release[1]} and torch of CUDA {torch.version.cuda}"
+    if not Path(home, "include", "cuda_runtime.h").exists():
+        return f"{home} has no CUDA headers, set CUDA_HOME to the toolkit"
+    return ""
+
+
 def choose_cuda(sources: list[str]) -> tuple[bool, str]:
     """Whether to build the CUDA sources, and why."""
     wish = os.environ.get("FASTNAS_CUDA", "")
@@ -38,14 +56,7 @@ def choose_cuda(sources: list[str]) -> tuple[bool, str]:
         raise SystemExit(f"fastnas: FASTNAS_CUDA={wish} is not understood, use 0 or 1")
     if wish == "0":
         return False, "FASTNAS_CUDA=0"
-    toolchain = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    if not sources:
-        missing = "there are no CUDA sources in this version"
-    elif not toolchain:
-        missing = "nvcc or a CUDA build of torch is missing"
-    else:
-        missing = ""
-    if missing:
+    if missing := toolkit_problem() if sources else "there are no CUDA sources in this version":
         return False, f"FASTNAS_CUDA=1 was asked for, but {missing}" if wish == "1" else missing
     if wish == "1":
         return True, "FASTNAS_CUDA=1"
@@ -102,16 +113,20 @@ class BuildExt(cpp_extension.BuildExtension):
 
 
 def extension():
+    if with_cuda and not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # with a GPU torch takes that one
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET)] + ([("USE_CUDA", None)] if with_cuda else [])
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     cxx_flags = ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    # tests/nvcc_check.sh has the same flags.
+    nvcc_flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-fopenmp-simd,-fvisibility=hidden"]
     return kind(
         "fastnas._C",
         facts["sources"],
         include_dirs=[str(ROOT / "csrc")],
-        depends=sorted(str(p) for p in (ROOT / "csrc").rglob("*.h")),
+        depends=sorted(str(p) for pattern in ("*.h", "*.cuh") for p in (ROOT / "csrc").rglob(pattern)),
         define_macros=defines,
-        extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3", "-std=c++20"]},
+        extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
         py_limited_api=True,
     )
 

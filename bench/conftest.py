@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+import fastnas
 from bench.overhead import overhead as _overhead
 from bench.race import race as _race
 from bench.report import header, machine_line, versions_line, write
 from bench.table import overhead_lines, race_lines
+from fastnas.errors import UserError
 
 _races = pytest.StashKey[list[dict[str, Any]]]()
 _overheads = pytest.StashKey[list[dict[str, Any]]]()
@@ -47,6 +50,27 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_backend(request: pytest.FixtureRequest) -> str:
+    """Makes the rows of a test for each of the two backends that an op has on a GPU, with its name behind theirs."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return request.param
+
+
+def _backend_of(request: pytest.FixtureRequest, op: str) -> tuple[str, contextlib.AbstractContextManager[None]]:
+    """What goes behind the row's name, and the context to time it in."""
+    if "gpu_backend" not in request.fixturenames:
+        return "", contextlib.nullcontext()
+    name = request.getfixturevalue("gpu_backend")
+    try:
+        with fastnas.backend(f"{op}={name}"):
+            pass
+    except UserError as error:
+        pytest.skip(str(error))
+    return f" on {name}", fastnas.backend(f"{op}={name}")
+
+
 @pytest.fixture
 def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """``race(function, reference, inputs, backward=..., traffic=..., group=...)`` makes one row of the table.
@@ -59,8 +83,10 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     with_compiled = not request.config.getoption("--no-compile")
 
     def run(*args: Any, group: str, **kwargs: Any) -> None:
-        benchmark.group = group
-        row = _race(*args, group=group, pedantic=benchmark.pedantic, with_compiled=with_compiled, **kwargs)
+        suffix, context = _backend_of(request, group.partition(" ")[0])
+        benchmark.group = group = group + suffix
+        with context:
+            row = _race(*args, group=group, pedantic=benchmark.pedantic, with_compiled=with_compiled, **kwargs)
         benchmark.extra_info.update(row)
         request.config.stash[_races].append(row)
 
@@ -71,9 +97,11 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
 def overhead(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """``overhead(function, reference, inputs, op=..., mode=...)`` makes one row of the table of overheads."""
 
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(*args: Any, op: str, **kwargs: Any) -> None:
         benchmark.group = "overhead"
-        row = _overhead(*args, pedantic=benchmark.pedantic, **kwargs)
+        suffix, context = _backend_of(request, op)
+        with context:
+            row = _overhead(*args, op=op + suffix, pedantic=benchmark.pedantic, **kwargs)
         benchmark.extra_info.update(row)
         request.config.stash[_overheads].append(row)
 

@@ -23,6 +23,8 @@ step() {
 }
 
 FASTNAS_CUDA=1 step build 150 "$python" -m pip install --no-build-isolation --no-deps -q -e .
+"$python" -c 'from fastnas import _ext; f = _ext.build_facts(); print("CUDA kernels:", f["cuda"], f["cuda_reason"])' |
+  tee -a "$summary"
 
 # Most of a kernel test is compiling for its dtype and layout, so every file gets a process.
 for file in tests/kernels/test_*.py; do
@@ -40,7 +42,7 @@ for method in darts pc_darts; do
   step "search_step_$method" 90 "$python" bench/search_step.py --method "$method" --batch 64 \
     --rows plain,plain_channels_last,fused,fused_lean --json "$out/search_step_${method}_gpu.json"
 done
-step bench 150 "$python" -m pytest -q bench/ --benchmark-only --no-compile --results "$out/gpu_bench.json"
+step bench 230 "$python" -m pytest -q bench/ --benchmark-only --no-compile --results "$out/gpu_bench.json"
 
 echo
 cat "$summary"

@@ -30,6 +30,15 @@ def plain(logits: Tensor, noise: Tensor, hard: bool) -> Tensor:
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize("rival", ["one-call", "cell-by-cell", "edge-by-edge"])
 def test_all_edges(race, rival: str, hard: bool, backward: bool) -> None:
+    go(race, rival, hard, backward)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+def test_each_backend_of_a_gpu(race, gpu_backend: str, backward: bool) -> None:
+    go(race, "one-call", False, backward)
+
+
+def go(race, rival: str, hard: bool, backward: bool) -> None:
     logits = torch.randn(28, 8, requires_grad=True)
     noise = gumbel_from_bits(random_bits(logits.numel(), SEED), torch.float32).view(28, 8)
     parts = {"one-call": 1, "cell-by-cell": 2, "edge-by-edge": 28}[rival]

@@ -20,6 +20,16 @@ SHAPES = {
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_mixed_sum(race, name: str, backward: bool) -> None:
+    go(race, name, backward)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("name", ["darts-8", "darts-8-bf16", "tiny-8"])
+def test_each_backend_of_a_gpu(race, gpu_backend: str, name: str, backward: bool) -> None:
+    go(race, name, backward)
+
+
+def go(race, name: str, backward: bool) -> None:
     count, shape, dtype = SHAPES[name]
     xs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(count)]
     weights = torch.softmax(torch.randn(count), 0).requires_grad_()

@@ -97,3 +97,10 @@ CASES = {case.__name__: case for case in OPS}
 def test_overhead(overhead, op: str, mode: str) -> None:
     function, plain, inputs = CASES[op]()
     overhead(function, plain, inputs, op=op, mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("op", ["mixed_sum", "gumbel_softmax"])
+def test_overhead_of_each_backend_of_a_gpu(overhead, gpu_backend: str, op: str, mode: str) -> None:
+    function, plain, inputs = CASES[op]()
+    overhead(function, plain, inputs, op=op, mode=mode)

@@ -5,10 +5,12 @@ backend   what runs                                device types
 ========= ======================================== ============
 native    the compiled kernels behind the flat ops cpu
 triton    ``fastnas.kernels`` behind the flat ops  cuda
+cuda      CUDA C++ behind some of the flat ops     cuda
 reference plain PyTorch from ``fastnas.reference`` all
 ========= ======================================== ============
 
-The automatic choice is the first row that can serve. ``FASTNAS_BACKEND`` (read once) and :func:`backend` override
+The automatic choice is the first row that can serve, with ``cuda`` before ``triton`` for the ops of
+``_CUDA_FIRST``. ``FASTNAS_BACKEND`` (read once) and :func:`backend` override
 it. Choices are bound ahead of the calls, so that a call costs one dictionary look-up. Binding does not import
 Triton: its kernels load when the first of them is called. In Triton's interpreter (``TRITON_INTERPRET=1``) the
 kernels serve the cpu too, for tests, when ``triton`` is asked for by name.
@@ -32,8 +34,10 @@ from fastnas import _ext
 from fastnas.errors import UserError
 
 # In order of preference, with the device types that each has kernels for.
-_SERVES: dict[str, tuple[str, ...]] = {"native": ("cpu",), "triton": ("cuda",)}
+_SERVES: dict[str, tuple[str, ...]] = {"native": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
 NAMES = (*_SERVES, "reference")
+# Ops for which a row of bench/results says that CUDA C++ is faster than Triton; none has been measured on a GPU yet.
+_CUDA_FIRST: frozenset[str] = frozenset()
 _DEVICE_TYPES = ("cpu", "cuda", "meta", "mps", "xpu")
 
 _flat_ops: dict[str, tuple[str, ...]] = {}
@@ -110,7 +114,7 @@ def bind(spec: str | None = None) -> None:
         asked = wishes.get(stem, wishes.get("*"))
         for device in _DEVICE_TYPES:
             if asked is None:
-                name = next(n for n in NAMES if _problem(n, stem, device) is None)
+                name = next(n for n in _preferred(stem) if _problem(n, stem, device) is None)
             elif problem := _problem(asked, stem, device, by_name=True):
                 name = "none"
                 _problems[(stem, device)] = f"backend {asked!r} asked for {stem} cannot serve it: {problem}"
@@ -119,7 +123,7 @@ def bind(spec: str | None = None) -> None:
             _bound[(stem, device)] = name
             _connect_triton(stem, device, name == "triton")
         if all(_bound[(stem, device)] == "none" for device in _DEVICE_TYPES):
-            raise UserError(_problems[(stem, "cpu")])
+            raise UserError(_problems[(stem, _SERVES[asked][0])])
 
 
 @contextlib.contextmanager
@@ -165,6 +169,10 @@ def table() -> list[Row]:
     return rows
 
 
+def _preferred(stem: str) -> tuple[str, ...]:
+    return tuple(sorted(NAMES, key=lambda name: name != "cuda")) if stem in _CUDA_FIRST else NAMES
+
+
 def _problem(name: str, stem: str, device_type: str, by_name: bool = False) -> str | None:
     """Why backend ``name`` cannot serve the op there; ``None`` when it can. ``by_name``: somebody asked for it."""
     if name == "reference":
@@ -176,11 +184,20 @@ def _problem(name: str, stem: str, device_type: str, by_name: bool = False) -> s
     missing = _ext.load()
     if missing is not None:
         return missing
-    key = device_type.upper()
+    facts = _ext.build_facts()
+    if name == "cuda" and not facts.get("cuda"):
+        return f"the compiled library was built without CUDA: {facts.get('cuda_reason', 'by an older setup.py')}"
     for flat in _flat_ops[stem]:
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnas::{flat}", key):
-            return f"the compiled library has no {key} kernel for {flat}: rebuild it"
+        if not _compiled(flat, device_type.upper()):
+            missing = f"the compiled library has no {device_type.upper()} kernel for {flat}: rebuild it"
+            return missing if name == "native" else "it has no kernels for this op"
     return None
+
+
+@functools.cache
+def _compiled(flat: str, key: str) -> bool:
+    """Whether the library has the kernel; true for what stands in its place too, so it is asked before that comes."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastnas::{flat}", key)
 
 
 def _triton_problem(stem: str, device_type: str, by_name: bool) -> str | None:
@@ -200,12 +217,12 @@ def _connect_triton(stem: str, device_type: str, wanted: bool) -> None:
     """Register the Triton launchers of ``stem`` behind its flat ops on ``device_type``, or take them away again."""
     key = (stem, device_type)
     if wanted and key not in _triton:
-        if device_type == "cpu":
-            _ext.load()  # a library that loads later would take the kernels' place
+        _ext.load()  # a library that loads later would take the kernels' place
         _triton[key] = torch.library.Library("fastnas", "IMPL")
         with warnings.catch_warnings():  # taking the place of a compiled kernel is what was asked for
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel", UserWarning)
             for flat in _flat_ops[stem]:
+                _compiled(flat, device_type.upper())
                 _triton[key].impl(flat, _launcher(stem, flat), device_type.upper(), allow_override=True)
     elif not wanted and key in _triton:
         _triton.pop(key)._destroy()

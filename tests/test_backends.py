@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_a_device_without_kernels_runs_the_reference_and_refuses_native() -> Non
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cuda", "no backend is called 'cuda'.*backends: native, triton, reference"),
+        ("fast", "no backend is called 'fast'.*backends: native, triton, cuda, reference"),
         ("mixed_sum=fast", "no backend is called 'fast'"),
         ("mixed=reference", "no op is called 'mixed'.*mixed_sum"),
     ],
@@ -65,6 +66,20 @@ def test_unknown_names_are_refused_and_change_nothing(spec: str, message: str) -
     with pytest.raises(UserError, match=message), fastnas.backend(spec):
         pass
     assert _backends.table() == before
+
+
+@needs_library
+@pytest.mark.skipif(_ext.build_facts().get("cuda", False), reason="the library was built with CUDA")
+def test_cuda_is_refused_by_a_library_without_it_and_the_reason_is_that_of_the_build() -> None:
+    reason = re.escape(_ext.build_facts()["cuda_reason"])
+    with pytest.raises(UserError, match=f"built without CUDA: {reason}"), fastnas.backend("mixed_sum=cuda"):
+        pass
+
+
+def test_cuda_goes_before_triton_for_the_ops_of_the_table_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_CUDA_FIRST", frozenset({"mixed_sum"}))
+    assert _backends._preferred("mixed_sum") == ("cuda", "native", "triton", "reference")
+    assert _backends._preferred("path_dropout") == ("native", "triton", "cuda", "reference")
 
 
 @pytest.mark.parametrize("spec", ["reference", "mixed_sum=reference"])

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastnas import _ext
 
 ROOT = Path(__file__).parents[1]
-HAS_CUDA_SOURCES = any((ROOT / "csrc").rglob("*.cu"))
 
 
 def decisions(**env: str) -> subprocess.CompletedProcess[str]:
@@ -31,19 +31,43 @@ def decisions(**env: str) -> subprocess.CompletedProcess[str]:
     [
         ({"FASTNAS_CUDA": "0"}, "CUDA     no: FASTNAS_CUDA=0"),
         ({"CXX": "no-such-compiler"}, "native   no: no C++ compiler found"),
-        pytest.param(
-            {"FASTNAS_CUDA": "1"},
-            "CUDA     no: FASTNAS_CUDA=1 was asked for, but there are no CUDA sources",
-            marks=pytest.mark.skipif(HAS_CUDA_SOURCES, reason="there are CUDA sources"),
-        ),
     ],
-    ids=["cuda-off", "no-compiler", "cuda-asked-for"],
+    ids=["cuda-off", "no-compiler"],
 )
 def test_decisions_are_printed_with_their_reason(env: dict[str, str], line: str) -> None:
     done = decisions(**env)
     assert done.returncode == 0, done.stderr
     assert "fastnas build decisions" in done.stdout
     assert line in done.stdout
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+@pytest.mark.parametrize(
+    ("release", "headers", "line"),
+    [
+        (None, True, "CUDA     no: FASTNAS_CUDA=1 was asked for, but {home}/bin/nvcc does not run, set CUDA_HOME"),
+        ("9.2", True, "CUDA     no: FASTNAS_CUDA=1 was asked for, but nvcc is of CUDA 9 and torch of CUDA"),
+        (torch.version.cuda, False, "CUDA     no: FASTNAS_CUDA=1 was asked for, but {home} has no CUDA headers"),
+        (torch.version.cuda, True, "CUDA     yes: FASTNAS_CUDA=1"),
+    ],
+    ids=["no-nvcc", "other-major", "no-headers", "complete"],
+)
+def test_the_toolkit_decides_about_cuda(tmp_path: Path, release: str | None, headers: bool, line: str) -> None:
+    for folder in ("bin", "include"):
+        (tmp_path / folder).mkdir()
+    if release:
+        (tmp_path / "bin" / "nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V1'\n")
+        (tmp_path / "bin" / "nvcc").chmod(0o755)
+    if headers:
+        (tmp_path / "include" / "cuda_runtime.h").touch()
+    done = decisions(FASTNAS_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert line.format(home=tmp_path) in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+def test_without_a_gpu_cuda_is_built_only_when_asked_for() -> None:
+    assert "CUDA     no: " in decisions(FASTNAS_CUDA="").stdout
 
 
 def test_a_wish_that_means_nothing_is_refused() -> None:

@@ -65,6 +65,13 @@ def test_the_library_implements_the_flat_ops_that_the_schema_defines(stem: str) 
     assert schemas == kernels == set(_backends._flat_ops[stem])
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc" / "ops" / "cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_cuda_sources_implement_all_flat_ops_of_theirs_and_have_value_tests(path: Path) -> None:
+    kernels = set(re.findall(r'm\.impl\("(\w+)"', path.read_text()))
+    assert kernels == set(_backends._flat_ops[path.stem])
+    assert (ROOT / "tests" / "kernels" / f"test_{path.stem}.py").is_file()
+
+
 @pytest.mark.parametrize("stem", STAGES)
 def test_the_library_implements_the_stages(stem: str) -> None:
     schemas = set(re.findall(rf'"({stem.split("_")[0]}_\w+)\(', (ROOT / f"fastnas/ops/stages/{stem}.py").read_text()))

@@ -40,4 +40,11 @@ FASTNAS_INLINE inline float exp_nonpositive(float x) {
   return x < -87.0f ? 0.0f : series * std::bit_cast<float>(power);
 }
 
+// Gumbel noise -log(-log u) for u = (bits / 2^9 + 1/2) 2^-23, which is never 0 or 1.
+template <class A>
+FASTNAS_INLINE inline A gumbel(uint32_t bits) {
+  const A u = (static_cast<A>(static_cast<int32_t>(bits >> 9)) + A(0.5)) * A(0x1.0p-23);
+  return -log_positive(-log_positive(u));
+}
+
 }  // namespace fastnas

@@ -3,8 +3,12 @@
 // Run-time choice of the instruction set. A kernel's inner loop is written once, as a lambda marked
 // FASTNAS_INLINE, and vectorised(body) runs the copy of it that was compiled for this processor.
 // Everything called inside has to be inlined to be compiled for that instruction set: mark it FASTNAS_INLINE
-// too.
+// too. Under nvcc what is marked serves the GPU as well.
+#ifdef __CUDACC__
+#define FASTNAS_INLINE __attribute__((always_inline)) __host__ __device__
+#else
 #define FASTNAS_INLINE __attribute__((always_inline))
+#endif
 
 namespace fastnas {
 

@@ -18,13 +18,6 @@
 namespace fastnas {
 namespace {
 
-// -log(-log u) for u = (bits / 2^9 + 1/2) 2^-23, which is never 0 or 1.
-template <class A>
-FASTNAS_INLINE inline A gumbel(uint32_t bits) {
-  const A u = (static_cast<A>(static_cast<int32_t>(bits >> 9)) + A(0.5)) * A(0x1.0p-23);
-  return -log_positive(-log_positive(u));
-}
-
 template <class T>
 struct Rows {
   using A = acc_t<T>;

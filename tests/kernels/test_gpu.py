@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastnas
+from fastnas import _backends
 from fastnas.engine.mixture import Alphas
 from fastnas.engine.supernet import Supernet
 from fastnas.spaces import DartsSpace
@@ -76,10 +77,17 @@ def cases() -> dict[str, Callable[[torch.dtype], Case]]:
     return {f.__name__: f for f in ops}
 
 
-@pytest.fixture(params=list(cases()))
-def make(request: pytest.FixtureRequest) -> Callable[[torch.dtype], Case]:
+@pytest.fixture(params=[*cases(), "mixed_sum=cuda", "gumbel_softmax=cuda", "depthwise_bank=cuda"])
+def make(request: pytest.FixtureRequest) -> Iterator[Callable[[torch.dtype], Case]]:
     torch.manual_seed(0)
-    return cases()[request.param]
+    op, _, backend = request.param.partition("=")
+    if not backend:
+        yield cases()[op]
+    elif problem := _backends._problem(backend, op, "cuda"):
+        pytest.skip(problem)
+    else:
+        with fastnas.backend(request.param):
+            yield cases()[op]
 
 
 def passes(f: Callable[..., Tensor], tensors: list[Tensor], g: Tensor) -> tuple[Tensor, ...]:
@@ -87,12 +95,10 @@ def passes(f: Callable[..., Tensor], tensors: list[Tensor], g: Tensor) -> tuple[
     return y, *torch.autograd.grad(y, tensors, g)
 
 
-def test_triton_is_the_automatic_choice_where_no_compiled_kernel_serves() -> None:
-    from fastnas import _backends
-
+def test_triton_is_the_automatic_choice_but_for_the_ops_of_the_table() -> None:
     rows = [row for row in _backends.table() if row.device == "cuda"]
     assert rows
-    assert {row.backend for row in rows} <= {"native", "triton"}
+    assert all(row.backend == ("cuda" if row.op in _backends._CUDA_FIRST else "triton") for row in rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -153,6 +159,21 @@ def test_a_side_stream_is_used(make) -> None:
     assert torch.equal(y, expected)
 
 
+def test_cuda_maps_beyond_32_bits_and_slices_that_are_not_aligned() -> None:
+    if problem := _backends._problem("cuda", "mixed_sum", "cuda"):
+        pytest.skip(problem)
+    x = torch.zeros(2**31 + 49_153, device="cuda", dtype=torch.bfloat16)
+    x[-5:] = 3
+    w = torch.ones(1, device="cuda", requires_grad=True)
+    with fastnas.backend("mixed_sum=cuda"):
+        for part in (x[:-1], x[1:]):  # whole accesses of 16 bytes, and not
+            y = fastnas.mixed_sum([part], w)
+            assert torch.equal(y[-8:], part[-8:])
+            (dw,) = torch.autograd.grad(y, w, part)
+            assert dw.item() == 9 * part[-5:].count_nonzero().item()
+            del y
+
+
 def test_addresses_beyond_32_bits() -> None:
     batch, rest = 2**17 + 3, 2**14  # 2^31 + 49,152 elements, 4.3 GB in bfloat16
     x = torch.zeros(batch, rest, device="cuda", dtype=torch.bfloat16)
@@ -171,9 +192,13 @@ def test_addresses_beyond_32_bits() -> None:
     assert torch.equal(y[-1], maps[-1])  # one mixed channel in four: the shuffle is the identity
 
 
-def test_noise_is_that_of_the_cpu() -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_noise_is_that_of_the_cpu(backend: str) -> None:
+    if problem := _backends._problem(backend, "gumbel_softmax", "cuda"):
+        pytest.skip(problem)
     logits = torch.randn(64, 9)
-    ours = fastnas.gumbel_softmax(logits.cuda(), 0.5, seed=11).cpu()
+    with fastnas.backend(f"gumbel_softmax={backend}"):
+        ours = fastnas.gumbel_softmax(logits.cuda(), 0.5, seed=11).cpu()
     torch.testing.assert_close(ours, fastnas.gumbel_softmax(logits, 0.5, seed=11), rtol=1e-5, atol=1e-6)
 
 

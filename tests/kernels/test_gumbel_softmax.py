@@ -7,7 +7,7 @@ import fastnas
 from fastnas.reference.gumbel_softmax import gumbel_softmax as reference
 from fastnas.testing import DTYPES
 
-SHAPES = [(1, 1), (28, 8), (3, 5, 7), (0, 8), (4, 0), (7,), (2, 1000), (300, 3)]
+SHAPES = [(1, 1), (28, 8), (3, 5, 7), (0, 8), (4, 0), (7,), (5, 33), (2, 1000), (300, 3)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -24,9 +24,22 @@ def test_value_and_every_gradient(check, case: Case, dtype: torch.dtype) -> None
     check(call, fastnas.mixed_sum, reference, [weights_for(K), *case.tensors(K, dtype)])
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 8, 64])
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 64, 130])
 def test_any_number_of_tensors(check, count: int) -> None:
     check(call, fastnas.mixed_sum, reference, [weights_for(count), *Case("odd", (3, 5, 7, 9)).tensors(count)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "start"), [(1000, 0), (1000, 1), (1000, 8), (1001, 0)])
+def test_rows_of_larger_tensors_from_any_element_on(check, width: int, start: int, dtype: torch.dtype) -> None:
+    xs = [torch.randn(3, width, dtype=torch.float64).to(dtype)[:, start : start + 960] for _ in range(K)]
+    check(call, fastnas.mixed_sum, reference, [weights_for(K), *xs])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_in_the_dtype_of_the_maps(check, dtype: torch.dtype) -> None:
+    xs = Case("odd", (3, 5, 7, 9)).tensors(K, dtype)
+    check(call, fastnas.mixed_sum, reference, [weights_for(K).to(dtype), *xs])
 
 
 def test_node_level_weights_are_taken_row_by_row(check) -> None:
