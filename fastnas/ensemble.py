@@ -1,4 +1,4 @@
-"""`python -m fastnas.ensemble --run RUN`: an ensemble of architectures that a PARSEC search's distribution gives.
+"""`python -m fastnas.ensemble RUN`: an ensemble of architectures that a PARSEC search's distribution gives.
 
 Architectures are drawn from p(alpha | pi), each is trained from scratch, and their class probabilities are averaged:
 what the paper names as future work (Casale et al. 2019, section 3.4).
@@ -79,11 +79,11 @@ def run_ensemble(
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m fastnas.ensemble",
-        usage="%(prog)s --run RUN [--members N] [settings of python -m fastnas.retrain]",
+        usage="%(prog)s RUN [--members N] [settings of python -m fastnas.retrain]",
         description="Draw architectures from the distribution of a PARSEC search, train each from scratch and average "
         "their predictions on the test set. The same command goes on where it was stopped.",
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of a PARSEC search")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a PARSEC search")
     parser.add_argument("--members", type=int, default=5, metavar="N", help="networks of the ensemble [5]")
     parser.add_argument("--preset", help="settings of retraining, by name, or the path of a .toml file")
     parser.add_argument("--out", type=Path, help="folder to make [runs/ensemble-<data>-<time>]")

@@ -38,18 +38,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def records(*arguments: str) -> list[dict]:
     assert rank.main([*arguments, "--quiet"]) == 0
-    return rank.read_ranking(Path(arguments[1]))
+    return rank.read_ranking(Path(arguments[0]))
 
 
 def test_shards_and_a_resumed_run_give_what_one_process_gives(run, capsys):
-    whole = records("--run", str(run), "--samples", "20", "--images", "24")
+    whole = records(str(run), "--samples", "20", "--images", "24")
     whole_path = rank.shard_path(run, 0, 1)
     lines = whole_path.read_bytes().splitlines(keepends=True)
     whole_path.write_bytes(b"".join(lines[:17]) + lines[17][:9])  # killed while it wrote
-    assert records("--run", str(run), "--samples", "20", "--images", "24") == whole
+    assert records(str(run), "--samples", "20", "--images", "24") == whole
     whole_path.unlink()
     for shard in ("0/2", "1/2"):
-        found = records("--run", str(run), "--samples", "20", "--images", "24", "--shard", shard)
+        found = records(str(run), "--samples", "20", "--images", "24", "--shard", shard)
     assert found == whole and len(whole) == 20
     assert [r["accuracy"] for r in whole] == sorted((r["accuracy"] for r in whole), reverse=True)
     assert "20 architectures in" in capsys.readouterr().out
@@ -65,9 +65,9 @@ def test_ranked_sizes_are_those_of_the_networks(run):
 
 
 def test_other_settings_do_not_mix(run):
-    records("--run", str(run), "--samples", "2")
+    records(str(run), "--samples", "2")
     with pytest.raises(UserError, match="give the same settings"):
-        rank.main(["--run", str(run), "--samples", "2", "--images", "8"])
+        rank.main([str(run), "--samples", "2", "--images", "8"])
     for path in (run / "rank").iterdir():
         path.unlink()
 
@@ -75,12 +75,12 @@ def test_other_settings_do_not_mix(run):
 @pytest.mark.parametrize("shard", ["2/2", "1", "-1/2", "0/0"])
 def test_a_shard_must_be_one_of_n(run, shard):
     with pytest.raises(UserError, match="shard must be I/N"):
-        rank.main(["--run", str(run), f"--shard={shard}"])
+        rank.main([str(run), f"--shard={shard}"])
 
 
 def test_correlation_report(run, capsys):
-    records("--run", str(run), "--samples", "6")
-    arguments = ["--run", str(run), "--buckets", "2", "--per-bucket", "1", "--top", "1", "--epochs", "1", "--quiet"]
+    records(str(run), "--samples", "6")
+    arguments = [str(run), "--buckets", "2", "--per-bucket", "1", "--top", "1", "--epochs", "1", "--quiet"]
     assert correlate.main(arguments) == 0
     report = json.loads((run / "correlation.json").read_text())
     assert report["rows"].keys() == {"One-Shot Top", "One-Shot Small", "Random", "All On"}

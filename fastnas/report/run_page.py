@@ -277,9 +277,9 @@ def _next(record: Record) -> str:
         profile = f"python -m fastnas.profile --methods {shlex.quote(record.method)} {sizes} --by cell"
         commands.append(("See where the memory of a step goes", profile))
     if record.method == "parsec":
-        commands.append(("Train an ensemble of samples", f"python -m fastnas.ensemble --run {run} {data}"))
+        commands.append(("Train an ensemble of samples", f"python -m fastnas.ensemble {run} {data}"))
     if record.method == "one_shot":
-        commands.append(("Rank architectures on it", f"python -m fastnas.rank --run {run} --samples 1000"))
+        commands.append(("Rank architectures on it", f"python -m fastnas.rank {run} --samples 1000"))
     commands.append(
         ("Make this report again, or with another run's folder after it compare", f"python -m fastnas.report {run}")
     )
