@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import shutil
@@ -123,6 +124,14 @@ def test_figures_of_a_method_have_charts(runs):
     assert "node 0 from c_{k-2}, sep_conv_3x3" in parsec.sections["architecture-over-time"]
     assert any("fastnas.ensemble" in text for text in parsec.commands)
     assert "node 0" not in read(runs["spos"] / "report.html").sections.get("architecture-over-time", "")
+
+
+def test_the_next_commands_are_accepted(runs):
+    for run in runs.values():
+        for line in (text for text in read(run / "report.html").commands if text.startswith("python -m")):
+            module, *arguments = shlex.split(line)[2:]
+            program = command if module == "fastnas.report" else importlib.import_module(module)
+            program.build_parser().parse_args(arguments)
 
 
 def test_the_next_commands_name_the_run(runs):
