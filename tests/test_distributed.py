@@ -14,11 +14,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.distributed.run import get_args_parser
@@ -39,18 +38,9 @@ RETRAIN = "--genotype DARTS_V2 --epochs 2 --batch-size 16 --channels 4 --cells 3
 FILES = {"config.toml", "metrics.jsonl", "timing.jsonl", "genotype.json", "cells.svg", "checkpoint.pt"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (100, 8, 8), dtype=np.uint8), y=np.arange(100) % 2)
-    return f"--data npz:{path}"
+def data(archive: Callable[..., Path]) -> str:
+    return f"--data npz:{archive(100, 2)}"
 
 
 @pytest.fixture(scope="module")

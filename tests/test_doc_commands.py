@@ -154,11 +154,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def machine() -> Iterator[None]:
-    """Puts back what commands set for the whole process."""
-    threads = torch.get_num_threads()
+def deterministic() -> Iterator[None]:
+    """Puts back what `--deterministic` sets for the whole process."""
     yield
-    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 
 
@@ -230,7 +228,7 @@ def run(command: str) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in TO_RUN if TO_RUN[page] or python_blocks(ROOT / page)])
-def test_a_page_runs_from_top_to_bottom(page, place, small, machine, capsys):
+def test_a_page_runs_from_top_to_bottom(page, place, small, deterministic, capsys):
     random.seed(0)
     for command in [*BEFORE.get(page, []), *TO_RUN[page]]:
         run(command)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from fastnas import correlate, rank
 from fastnas.correlate import rank_correlation, small_models, stratified, top_models
@@ -16,11 +15,9 @@ from fastnas.search import resolve, run_search
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(archive: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one-shot")
-    x = np.random.default_rng(0).integers(0, 256, (80, 8, 8), dtype=np.uint8)
-    np.savez(folder / "images.npz", x=x, y=np.arange(80) % 2)
-    settings = {"method": "one_shot", "space": "choice_blocks", "data": f"npz:{folder / 'images.npz'}", "epochs": 1}
+    settings = {"method": "one_shot", "space": "choice_blocks", "data": f"npz:{archive(80, 2)}", "epochs": 1}
     settings |= {
         "batch_size": 16,
         "ghost_batch": 8,
@@ -30,10 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "candidates": 2,
         "threads": 1,
     }
-    threads = torch.get_num_threads()
-    path = run_search(resolve(settings), folder / "run", quiet=True).run.path
-    torch.set_num_threads(threads)
-    return path
+    return run_search(resolve(settings), folder / "run", quiet=True).run.path
 
 
 def records(*arguments: str) -> list[dict]:

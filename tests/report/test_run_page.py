@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fastnas.errors import UserError
@@ -72,13 +71,6 @@ def read(path: Path) -> Reader:
     for loads in ("http:", "https:", "//fonts", "@import", "url(", "src="):
         assert loads not in text.replace("http://www.w3.org/2000/svg", ""), loads
     return Reader(text)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8), y=np.arange(60) % 3)
-    return path
 
 
 @pytest.fixture(scope="module")
