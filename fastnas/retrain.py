@@ -5,6 +5,7 @@ As a library call: `run_retrain(resolve({"genotype": "DARTS_V2", "data": "digits
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shlex
@@ -281,6 +282,21 @@ def _save(
     save_checkpoint(run.checkpoint_path, state, method=CHECKPOINT_KIND)
 
 
+def add_retraining_flags(parser: argparse.ArgumentParser) -> None:
+    """`--preset`, `--quiet` and all settings of retraining; `given_settings` reads them."""
+    parser.add_argument("--preset", help="settings of retraining, by name, or the path of a .toml file")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    add_flags(parser, RetrainSettings)
+    add_flags(parser.add_argument_group("data"), DataSettings)
+    add_flags(parser.add_argument_group("machine"), RuntimeSettings)
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gave, as `resolve` takes them."""
+    flags = given(arguments, RetrainSettings, DataSettings, RuntimeSettings)
+    return flags if arguments.preset is None else flags | {"preset": arguments.preset}
+
+
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m fastnas.retrain",
@@ -290,23 +306,19 @@ def build_parser() -> ArgumentParser:
         epilog="Settings come from their defaults, then from a preset, then from flags. Without --preset that is "
         "retrain-<data> if there is one, else retrain (the papers' 600 epochs on CIFAR-10).",
     )
-    parser.add_argument("--preset", help="settings by name, or the path of a .toml file")
     parser.add_argument("--out", type=Path, help="run folder to make [runs/retrain-<data>-<time>]")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
-    add_flags(parser, RetrainSettings)
-    add_flags(parser.add_argument_group("data"), DataSettings)
-    add_flags(parser.add_argument_group("machine"), RuntimeSettings)
+    add_retraining_flags(parser)
     return parser
 
 
 def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    flags = given(arguments, RetrainSettings, DataSettings, RuntimeSettings)
+    flags = given_settings(arguments)
     if arguments.resume is None:
-        plan = resolve(flags | ({"preset": arguments.preset} if arguments.preset else {}))
+        plan = resolve(flags)
     else:
-        if arguments.preset is not None or arguments.out is not None or set(flags) - CHANGEABLE_ON_RESUME:
+        if arguments.out is not None or set(flags) - CHANGEABLE_ON_RESUME:
             raise UserError("--resume goes on with a run as it was set up: drop the flags that would change it")
         run = RunFolder.open(arguments.resume)
         config = run.config()

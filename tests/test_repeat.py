@@ -94,7 +94,7 @@ def test_warm_start_takes_over_the_distribution(repeated, plan, images, tmp_path
     for ours, theirs in zip(method.distribution.logits, source.logits, strict=True):
         assert torch.equal(ours, theirs)
     run_search(tuned, tmp_path / "tuned", quiet=True)
-    resumed = _resumed_plan(tmp_path / "tuned", {}, preset=None, out=None)
+    resumed = _resumed_plan(tmp_path / "tuned", {})
     assert resumed.method.warm_start is None
     run_search(resumed, resume=tmp_path / "tuned", quiet=True)
 
