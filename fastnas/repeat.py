@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
+from fastnas.config import WHICH_DATA, as_flags
 from fastnas.errors import UserError
 from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.report.comparison import render_comparison
@@ -112,9 +113,9 @@ def main(argv: list[str]) -> int:
         f"genotypes: {repeated.mean_agreement:.0%} have the most frequent choice of an edge, on average; all agree on "
         f"{full} of {len(repeated.agreement)} edges"
     )
-    data = shlex.quote(plan.data.data)
+    data = as_flags(plan.as_mapping(), *WHICH_DATA)
     print(f"best    {repeated.best.run.path}\nreport  {out / 'report.html'}")
-    print(f"next    python -m fastnas.retrain --genotype {shlex.quote(str(out))} --data {data}")
+    print(f"next    python -m fastnas.retrain --genotype {shlex.quote(str(out))} {data}")
     return 0
 
 

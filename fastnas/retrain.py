@@ -11,6 +11,7 @@ import math
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from torch import nn
 from fastnas import distributed, processes
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, resumable, run_command
-from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
+from fastnas.config import WHICH_DATA, add_flags, as_flags, given, merge, option, preset_names, read_preset, read_toml
 from fastnas.data import Data
 from fastnas.engine import networks
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -245,6 +246,21 @@ def run_retrain(
     return result
 
 
+def _warn_of_other_data(plan: Plan, flags: Mapping[str, Any]) -> None:
+    """Warn when no data was asked for, and the genotype comes from a run on other data than the default."""
+    path = Path(plan.retrain.genotype)
+    config = (path if path.is_dir() else path.parent) / "config.toml"
+    if "data" in flags or not config.exists():
+        return
+    searched = read_toml(config)
+    if searched.get("data") not in (None, plan.data.data):
+        same = as_flags(searched, *WHICH_DATA)
+        warnings.warn(
+            f"{path} was searched on {searched['data']}, and this trains on {plan.data.data}: for the same give {same}",
+            stacklevel=2,
+        )
+
+
 def _card(settings: RetrainSettings, data: Data) -> NetworkCard:
     return NetworkCard(
         load_genotype(settings.genotype),
@@ -328,6 +344,7 @@ def main(argv: list[str]) -> int:
                 f"or train its network with --genotype {run.path}"
             )
         plan = resolve(flags, config | {"genotype": str(run.genotype_path)})
+    _warn_of_other_data(plan, flags)
     out = arguments.resume or arguments.out or default_run_path("retrain", plan.data.data)
     with resumable("fastnas.retrain", out):
         result = run_retrain(plan, out, resume=arguments.resume, quiet=arguments.quiet)

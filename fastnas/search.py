@@ -20,7 +20,7 @@ import torch
 
 from fastnas import distributed, processes
 from fastnas.cli import ArgumentParser, resumable, run_command
-from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
+from fastnas.config import WHICH_DATA, add_flags, as_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastnas.engine.training import Batch, Means, settled_heap
@@ -374,8 +374,8 @@ def main(argv: list[str]) -> int:
         result = run_search(plan, out, resume=arguments.resume, quiet=arguments.quiet)
     print(describe_cells(result.genotype))
     print(f"\ngenotype  {result.run.genotype_path}\nreport    {result.run.report_path}\nrun       {result.run.path}")
-    genotype, data = shlex.quote(str(result.run.genotype_path)), shlex.quote(plan.data.data)
-    print(f"next      python -m fastnas.retrain --genotype {genotype} --data {data}")
+    genotype, data = shlex.quote(str(result.run.genotype_path)), as_flags(plan.as_mapping(), *WHICH_DATA)
+    print(f"next      python -m fastnas.retrain --genotype {genotype} {data}")
     return 0
 
 

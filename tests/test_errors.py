@@ -276,6 +276,14 @@ def test_no_checkpoint(run, error):
     check(error("search", "--resume", str(run)), f"no checkpoint at {run / 'checkpoint.pt'}", "start a new run")
 
 
+def test_retraining_on_other_data_than_the_search_is_pointed_out(runs, images, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_command(retrain.main, ["--genotype", str(runs["darts"]), *TINY, "--batch-size=256"])
+    assert stop.value.code == 0
+    line = f"searched on npz:{images}, and this trains on digits: for the same give --data npz:{images}\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
 def test_labels_that_are_none_of_the_classes(tmp_path, error):
     np.savez(tmp_path / "a.npz", x=np.zeros((20, 8, 8), np.uint8), y=np.arange(20) % 5 - 1)
     check(error("search", "--data", "npz:a.npz"), "a.npz has the label -1", "labels must run from 0")
