@@ -8,7 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from fastnas import _interrupt
+
 __version__ = "0.1.0"
+
+_interrupt.wait_for_command()
 
 _HOME = {
     "Backbone": "fastnas.engine.backbone",

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fastnas import retrain, search
-from fastnas.errors import UserError
 from fastnas.retrain import RetrainResult
-from fastnas.runs import RunFolder
 from fastnas.search import SearchResult
+from fastnas.seeds import started
 
 
 def search_network(out: str | Path, *, quiet: bool = True, **settings: Any) -> SearchResult:
@@ -29,7 +28,7 @@ def search_network(out: str | Path, *, quiet: bool = True, **settings: Any) -> S
     run in `out`.
     """
     plan = search.resolve(settings)
-    resume = _started(Path(out), plan, search)
+    plan, resume = started(plan, Path(out), search.resolve)
     return search.run_search(plan, Path(out), resume=resume, quiet=quiet)
 
 
@@ -40,14 +39,5 @@ def retrain_network(genotype: str | Path, out: str | Path, *, quiet: bool = True
     `search_network`. The data set need not be that of the search.
     """
     plan = retrain.resolve({**settings, "genotype": str(genotype)})
-    resume = _started(Path(out), plan, retrain)
+    plan, resume = started(plan, Path(out), retrain.resolve)
     return retrain.run_retrain(plan, Path(out), resume=resume, quiet=quiet)
-
-
-def _started(out: Path, plan: Any, command: Any) -> Path | None:
-    """`out` when it holds a run of these settings to go on with."""
-    if not (out / "checkpoint.pt").exists():
-        return None
-    if command.resolve({}, RunFolder.open(out).config()) != plan:
-        raise UserError(f"{out} holds a run of other settings: give another folder, or the settings of that run")
-    return out

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from fastnas import processes
+from fastnas import _interrupt, processes
 from fastnas.errors import UserError, did_you_mean, is_disk_full, is_lost_worker, is_out_of_memory
 
 
@@ -78,6 +78,7 @@ def run_command(
     if not debug:
         warnings.showwarning = _show_warning
     try:
+        _interrupt.command_starts()
         processes.start()
         if processes.world_size() > 1 and not several:
             raise UserError("this command runs as one process: start it with python -m, without torchrun")

@@ -22,6 +22,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import sys
 import types
 import typing
@@ -38,6 +39,7 @@ else:
     import tomli as tomllib
 
 RECORDS = ("versions", "hashes")  # tables of a run's config.toml that record, and set nothing
+WHICH_DATA = ("data", "data_dir", "image_size")  # settings that the next command on the same data has to repeat
 MAX_INTEGER = 2**63 - 1
 MAX_TEXT = 1 << 18  # characters of a settings file; a run's config.toml has about 2,000
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
@@ -181,6 +183,14 @@ def _default_text(setting: _Setting) -> str:
     if isinstance(setting.default, tuple):
         return ",".join(map(str, setting.default))
     return "none" if setting.default is None else str(setting.default)
+
+
+def as_flags(settings: Mapping[str, Any], *names: str) -> str:
+    """Those of ``names`` that are set, as a command line takes them: ``"--data digits --image-size 16"``."""
+    values = [(name, settings.get(name)) for name in names]
+    return " ".join(
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in values if value not in (None, "none")
+    )
 
 
 def given(namespace: argparse.Namespace, *classes: type) -> dict[str, Any]:

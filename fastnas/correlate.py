@@ -1,4 +1,4 @@
-"""`python -m fastnas.correlate --run RUN`: train ranked architectures alone and hold them against their ranks.
+"""`python -m fastnas.correlate RUN`: train ranked architectures alone and hold them against their ranks.
 
 From the ranking of `python -m fastnas.rank` a stratified sample is trained from scratch, as are the best, the smallest
 good and random architectures and the network with all paths on (Bender et al. 2018, sections 3.4 and 4.1, Figures 5 and
@@ -205,12 +205,12 @@ def _read_trained(path: Path, settings: CorrelateSettings, seed: int) -> dict[tu
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m fastnas.correlate",
-        usage="%(prog)s --run RUN [--buckets N] [--per-bucket N] [--epochs N]",
+        usage="%(prog)s RUN [--buckets N] [--per-bucket N] [--epochs N]",
         description="Train a stratified sample of ranked architectures from scratch, with the best, the smallest good "
         "and random ones and the network with all paths on. Writes RUN/correlation.json and RUN/correlation.svg. The "
         "same command goes on where it was stopped.",
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of a One-Shot search with a ranking")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a One-Shot search with a ranking")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample and of training [0]")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
     add_flags(parser, CorrelateSettings)

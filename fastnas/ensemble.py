@@ -1,4 +1,4 @@
-"""`python -m fastnas.ensemble --run RUN`: an ensemble of architectures that a PARSEC search's distribution gives.
+"""`python -m fastnas.ensemble RUN`: an ensemble of architectures that a PARSEC search's distribution gives.
 
 Architectures are drawn from p(alpha | pi), each is trained from scratch, and their class probabilities are averaged:
 what the paper names as future work (Casale et al. 2019, section 3.4).
@@ -17,13 +17,12 @@ import torch
 
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
-from fastnas.config import add_flags, given
 from fastnas.engine.training import evaluate
 from fastnas.errors import UserError
 from fastnas.methods.parsec import SlotDistribution
-from fastnas.retrain import RetrainSettings, resolve, run_retrain
+from fastnas.retrain import add_retraining_flags, given_settings, resolve, run_retrain
 from fastnas.runs import RunFolder, default_run_path
-from fastnas.settings import DataSettings, RuntimeSettings, load_data, prepare
+from fastnas.settings import DataSettings, load_data, prepare
 from fastnas.spaces import build_space
 from fastnas.trained import load_network
 
@@ -79,16 +78,14 @@ def run_ensemble(
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m fastnas.ensemble",
-        usage="%(prog)s --run RUN [--members N] [settings of python -m fastnas.retrain]",
+        usage="%(prog)s RUN [--members N] [settings of python -m fastnas.retrain]",
         description="Draw architectures from the distribution of a PARSEC search, train each from scratch and average "
         "their predictions on the test set. The same command goes on where it was stopped.",
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of a PARSEC search")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a PARSEC search")
     parser.add_argument("--members", type=int, default=5, metavar="N", help="networks of the ensemble [5]")
-    parser.add_argument("--preset", help="settings of retraining, by name, or the path of a .toml file")
     parser.add_argument("--out", type=Path, help="folder to make [runs/ensemble-<data>-<time>]")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
-    add_flags(parser, RetrainSettings, DataSettings, RuntimeSettings)
+    add_retraining_flags(parser)
     return parser
 
 
@@ -96,9 +93,7 @@ def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.members < 1:
         raise UserError(f"members must be at least 1, got {arguments.members}")
-    flags = given(arguments, RetrainSettings, DataSettings, RuntimeSettings)
-    if arguments.preset:
-        flags["preset"] = arguments.preset
+    flags = given_settings(arguments)
     out = arguments.out or default_run_path("ensemble", str(flags.get("data", DataSettings.data)))
     result = run_ensemble(arguments.run, arguments.members, flags, out, quiet=arguments.quiet)
     for member, accuracy in enumerate(result.members):

@@ -33,6 +33,7 @@ from fastnas.profiler.subject import Subject
 from fastnas.report.footprints import draw_bars, draw_timelines
 from fastnas.runs import versions
 from fastnas.search import resolve, search_step
+from fastnas.spaces import SPACES
 
 DEFAULT_METHODS = ("darts", "pc_darts", "parsec")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -207,6 +208,7 @@ def build_parser() -> ArgumentParser:
         epilog="docs/profiler.md says what is counted. 1 GB = 10^9 bytes, 1 GiB = 2^30 bytes.",
     )
     parser.add_argument("--methods", default=",".join(DEFAULT_METHODS), help="comma-separated [%(default)s]")
+    parser.add_argument("--space", choices=SPACES, default=argparse.SUPPRESS, help="search space [each method's own]")
     parser.add_argument("--executors", metavar="LIST", help="compare these: plain,fused,lean instead of one --executor")
     parser.add_argument("--module", metavar="PKG:FUNCTION", help="profile the module that this function makes instead")
     parser.add_argument("--image-size", type=int, default=32, help="side of the images in pixels [32]")
@@ -275,6 +277,8 @@ def _device(text: str, *, needed: bool) -> torch.device:
 
 def _subjects(arguments: argparse.Namespace, device: torch.device) -> list[Subject]:
     flags = given(arguments, WeightSettings, *_settings())
+    if "space" in arguments:
+        flags["space"] = arguments.space
     image = (arguments.in_channels, arguments.image_size, arguments.image_size)
     dtype = DTYPES[arguments.dtype]
     if arguments.executors and (arguments.module or "executor" in flags):

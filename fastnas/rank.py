@@ -1,4 +1,4 @@
-"""`python -m fastnas.rank --run RUN`: rank thousands of random architectures on one trained one-shot model.
+"""`python -m fastnas.rank RUN`: rank thousands of random architectures on one trained one-shot model.
 
 Each line of the output holds an architecture, its accuracy on the search half with the shared weights, its divergence
 from nearly complete architectures (`fastnas.methods.one_shot`) and its size. Several processes share the work: shard i
@@ -146,7 +146,7 @@ def read_ranking(folder: Path) -> list[dict[str, Any]]:
     for path in sorted((folder / "rank").glob("shard-*.jsonl")):
         records |= {record["index"]: record for record in _whole_lines(path)}
     if not records:
-        raise UserError(f"{folder} has no ranking yet: run python -m fastnas.rank --run {folder}")
+        raise UserError(f"{folder} has no ranking yet: run python -m fastnas.rank {folder}")
     return sorted(records.values(), key=lambda record: (-record["accuracy"], record["index"]))
 
 
@@ -192,11 +192,11 @@ def _shard(text: str) -> tuple[int, int]:
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m fastnas.rank",
-        usage="%(prog)s --run RUN [--samples N] [--shard I/N]",
+        usage="%(prog)s RUN [--samples N] [--shard I/N]",
         description="Draw architectures uniformly and rank them by their accuracy on a trained one-shot model. Results "
         "go to RUN/rank, one JSON line each; start one process a shard. The same command goes on where it was stopped.",
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of a One-Shot search")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a One-Shot search")
     parser.add_argument("--samples", type=int, default=1000, metavar="N", help="architectures of all shards [1000]")
     parser.add_argument(
         "--shard", metavar="I/N", help="this process's part, counted from 0 [0/1; with torchrun the process's number]"

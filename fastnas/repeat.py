@@ -15,16 +15,14 @@ from pathlib import Path
 
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
-from fastnas.config import add_flags, given
+from fastnas.config import WHICH_DATA, as_flags
 from fastnas.errors import UserError
-from fastnas.methods import METHODS, WeightSettings
 from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.report.comparison import render_comparison
 from fastnas.report.records import read_record
 from fastnas.runs import default_run_path
-from fastnas.search import Plan, SearchResult, SearchSettings, resolve, run_search
+from fastnas.search import Plan, SearchResult, add_search_flags, given_settings, resolve, run_search
 from fastnas.seeds import deviation, seed_runs
-from fastnas.settings import DataSettings, RuntimeSettings
 from fastnas.spaces.agreement import edge_agreement
 
 
@@ -94,12 +92,8 @@ def build_parser() -> ArgumentParser:
         "command goes on where it was stopped.",
     )
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="searches to run [2, as in PARSEC]")
-    parser.add_argument("--preset", help="settings of a paper or a data set, by name, or the path of a .toml file")
     parser.add_argument("--out", type=Path, help="folder of the runs [runs/<method>-<data>-<time>]")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
-    add_flags(parser, SearchSettings, DataSettings, WeightSettings, RuntimeSettings)
-    methods = [method.Settings for method in METHODS.values()]
-    add_flags(parser.add_argument_group("settings of the methods"), *methods)
+    add_search_flags(parser)
     return parser
 
 
@@ -107,9 +101,7 @@ def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.seeds < 1:
         raise UserError(f"seeds must be at least 1, got {arguments.seeds}")
-    methods = [method.Settings for method in METHODS.values()]
-    flags = given(arguments, SearchSettings, DataSettings, WeightSettings, RuntimeSettings, *methods)
-    plan = resolve(flags | ({"preset": arguments.preset} if arguments.preset else {}))
+    plan = resolve(given_settings(arguments))
     out = arguments.out or default_run_path(plan.search.method, plan.data.data)
     repeated = run_repeated(plan, arguments.seeds, out, quiet=arguments.quiet)
     print(describe_cells(repeated.best.genotype))
@@ -121,9 +113,9 @@ def main(argv: list[str]) -> int:
         f"genotypes: {repeated.mean_agreement:.0%} have the most frequent choice of an edge, on average; all agree on "
         f"{full} of {len(repeated.agreement)} edges"
     )
-    data = shlex.quote(plan.data.data)
+    data = as_flags(plan.as_mapping(), *WHICH_DATA)
     print(f"best    {repeated.best.run.path}\nreport  {out / 'report.html'}")
-    print(f"next    python -m fastnas.retrain --genotype {shlex.quote(str(out))} --data {data}")
+    print(f"next    python -m fastnas.retrain --genotype {shlex.quote(str(out))} {data}")
     return 0
 
 

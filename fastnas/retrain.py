@@ -5,11 +5,13 @@ As a library call: `run_retrain(resolve({"genotype": "DARTS_V2", "data": "digits
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,7 +25,7 @@ from torch import nn
 from fastnas import distributed, processes
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, resumable, run_command
-from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
+from fastnas.config import WHICH_DATA, add_flags, as_flags, given, merge, option, preset_names, read_preset, read_toml
 from fastnas.data import Data
 from fastnas.engine import networks
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -244,6 +246,21 @@ def run_retrain(
     return result
 
 
+def _warn_of_other_data(plan: Plan, flags: Mapping[str, Any]) -> None:
+    """Warn when no data was asked for, and the genotype comes from a run on other data than the default."""
+    path = Path(plan.retrain.genotype)
+    config = (path if path.is_dir() else path.parent) / "config.toml"
+    if "data" in flags or not config.exists():
+        return
+    searched = read_toml(config)
+    if searched.get("data") not in (None, plan.data.data):
+        same = as_flags(searched, *WHICH_DATA)
+        warnings.warn(
+            f"{path} was searched on {searched['data']}, and this trains on {plan.data.data}: for the same give {same}",
+            stacklevel=2,
+        )
+
+
 def _card(settings: RetrainSettings, data: Data) -> NetworkCard:
     return NetworkCard(
         load_genotype(settings.genotype),
@@ -281,6 +298,21 @@ def _save(
     save_checkpoint(run.checkpoint_path, state, method=CHECKPOINT_KIND)
 
 
+def add_retraining_flags(parser: argparse.ArgumentParser) -> None:
+    """`--preset`, `--quiet` and all settings of retraining; `given_settings` reads them."""
+    parser.add_argument("--preset", help="settings of retraining, by name, or the path of a .toml file")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    add_flags(parser, RetrainSettings)
+    add_flags(parser.add_argument_group("data"), DataSettings)
+    add_flags(parser.add_argument_group("machine"), RuntimeSettings)
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gave, as `resolve` takes them."""
+    flags = given(arguments, RetrainSettings, DataSettings, RuntimeSettings)
+    return flags if arguments.preset is None else flags | {"preset": arguments.preset}
+
+
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m fastnas.retrain",
@@ -290,23 +322,19 @@ def build_parser() -> ArgumentParser:
         epilog="Settings come from their defaults, then from a preset, then from flags. Without --preset that is "
         "retrain-<data> if there is one, else retrain (the papers' 600 epochs on CIFAR-10).",
     )
-    parser.add_argument("--preset", help="settings by name, or the path of a .toml file")
     parser.add_argument("--out", type=Path, help="run folder to make [runs/retrain-<data>-<time>]")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
-    add_flags(parser, RetrainSettings)
-    add_flags(parser.add_argument_group("data"), DataSettings)
-    add_flags(parser.add_argument_group("machine"), RuntimeSettings)
+    add_retraining_flags(parser)
     return parser
 
 
 def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    flags = given(arguments, RetrainSettings, DataSettings, RuntimeSettings)
+    flags = given_settings(arguments)
     if arguments.resume is None:
-        plan = resolve(flags | ({"preset": arguments.preset} if arguments.preset else {}))
+        plan = resolve(flags)
     else:
-        if arguments.preset is not None or arguments.out is not None or set(flags) - CHANGEABLE_ON_RESUME:
+        if arguments.out is not None or set(flags) - CHANGEABLE_ON_RESUME:
             raise UserError("--resume goes on with a run as it was set up: drop the flags that would change it")
         run = RunFolder.open(arguments.resume)
         config = run.config()
@@ -316,6 +344,7 @@ def main(argv: list[str]) -> int:
                 f"or train its network with --genotype {run.path}"
             )
         plan = resolve(flags, config | {"genotype": str(run.genotype_path)})
+    _warn_of_other_data(plan, flags)
     out = arguments.resume or arguments.out or default_run_path("retrain", plan.data.data)
     with resumable("fastnas.retrain", out):
         result = run_retrain(plan, out, resume=arguments.resume, quiet=arguments.quiet)

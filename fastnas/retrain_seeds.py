@@ -13,12 +13,10 @@ from pathlib import Path
 
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
-from fastnas.config import add_flags, given
 from fastnas.errors import UserError
-from fastnas.retrain import Plan, RetrainSettings, resolve, run_retrain
+from fastnas.retrain import Plan, add_retraining_flags, given_settings, resolve, run_retrain
 from fastnas.runs import default_run_path
 from fastnas.seeds import deviation, seed_runs
-from fastnas.settings import DataSettings, RuntimeSettings
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,8 @@ def build_parser() -> ArgumentParser:
         "deviation of the test accuracy. The same command goes on where it was stopped.",
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings to run [3]")
-    parser.add_argument("--preset", help="settings of retraining, by name, or the path of a .toml file")
     parser.add_argument("--out", type=Path, help="folder of the runs [runs/retrain-<data>-<time>]")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
-    add_flags(parser, RetrainSettings, DataSettings, RuntimeSettings)
+    add_retraining_flags(parser)
     return parser
 
 
@@ -70,8 +66,7 @@ def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.seeds < 1:
         raise UserError(f"seeds must be at least 1, got {arguments.seeds}")
-    flags = given(arguments, RetrainSettings, DataSettings, RuntimeSettings)
-    plan = resolve(flags | ({"preset": arguments.preset} if arguments.preset else {}))
+    plan = resolve(given_settings(arguments))
     out = arguments.out or default_run_path("retrain", plan.data.data)
     result = run_seeds(plan, arguments.seeds, out, quiet=arguments.quiet)
     for seed, accuracy in result.accuracies.items():

@@ -20,7 +20,7 @@ import torch
 
 from fastnas import distributed, processes
 from fastnas.cli import ArgumentParser, resumable, run_command
-from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
+from fastnas.config import WHICH_DATA, add_flags, as_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
 from fastnas.engine.training import Batch, Means, settled_heap
@@ -318,6 +318,25 @@ def _save(run: RunFolder, epoch: int, method: Method) -> None:
     save_checkpoint(run.checkpoint_path, state, method=method.name)
 
 
+def add_search_flags(parser: argparse.ArgumentParser) -> None:
+    """`--preset`, `--quiet` and all settings of a search and of the methods; `given_settings` reads them."""
+    parser.add_argument("--preset", help="settings of a paper or a data set, by name, or the path of a .toml file")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
+    add_flags(parser, SearchSettings)
+    add_flags(parser.add_argument_group("data"), DataSettings)
+    add_flags(parser.add_argument_group("network and weights"), WeightSettings)
+    add_flags(parser.add_argument_group("machine"), RuntimeSettings)
+    methods = [method.Settings for method in METHODS.values()]
+    add_flags(parser.add_argument_group("settings of the methods"), *methods)
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line gave, as `resolve` takes them."""
+    methods = [method.Settings for method in METHODS.values()]
+    flags = given(arguments, SearchSettings, DataSettings, WeightSettings, RuntimeSettings, *methods)
+    return flags if arguments.preset is None else flags | {"preset": arguments.preset}
+
+
 def build_parser() -> ArgumentParser:
     names = [name for name in preset_names() if "method" in read_preset(name)]
     parser = ArgumentParser(
@@ -329,10 +348,8 @@ def build_parser() -> ArgumentParser:
         f"the one without a preset. Presets: {', '.join(names)}. Without --preset the one named "
         "<method>-<data> or <method> is taken.",
     )
-    parser.add_argument("--preset", help="settings of a paper or a data set, by name, or the path of a .toml file")
     parser.add_argument("--out", type=Path, help="run folder to make [runs/<method>-<data>-<time>]")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the result")
     parser.add_argument(
         "--seeds",
         type=int,
@@ -340,12 +357,7 @@ def build_parser() -> ArgumentParser:
         default=argparse.SUPPRESS,
         help="search with N seeds, compare them and keep the best: python -m fastnas.repeat",
     )
-    add_flags(parser, SearchSettings)
-    add_flags(parser.add_argument_group("data"), DataSettings)
-    add_flags(parser.add_argument_group("network and weights"), WeightSettings)
-    add_flags(parser.add_argument_group("machine"), RuntimeSettings)
-    methods = [method.Settings for method in METHODS.values()]
-    add_flags(parser.add_argument_group("settings of the methods"), *methods)
+    add_search_flags(parser)
     return parser
 
 
@@ -355,26 +367,20 @@ def main(argv: list[str]) -> int:
         from fastnas import repeat  # it stands on this module
 
         return repeat.main(argv)
-    methods = [method.Settings for method in METHODS.values()]
-    flags = given(arguments, SearchSettings, DataSettings, WeightSettings, RuntimeSettings, *methods)
-    if arguments.resume is None:
-        if arguments.preset is not None:
-            flags["preset"] = arguments.preset
-        plan = resolve(flags)
-    else:
-        plan = _resumed_plan(arguments.resume, flags, preset=arguments.preset, out=arguments.out)
+    flags = given_settings(arguments)
+    plan = resolve(flags) if arguments.resume is None else _resumed_plan(arguments.resume, flags, out=arguments.out)
     out = arguments.resume or arguments.out or default_run_path(plan.search.method, plan.data.data)
     with resumable("fastnas.search", out):
         result = run_search(plan, out, resume=arguments.resume, quiet=arguments.quiet)
     print(describe_cells(result.genotype))
     print(f"\ngenotype  {result.run.genotype_path}\nreport    {result.run.report_path}\nrun       {result.run.path}")
-    genotype, data = shlex.quote(str(result.run.genotype_path)), shlex.quote(plan.data.data)
-    print(f"next      python -m fastnas.retrain --genotype {genotype} --data {data}")
+    genotype, data = shlex.quote(str(result.run.genotype_path)), as_flags(plan.as_mapping(), *WHICH_DATA)
+    print(f"next      python -m fastnas.retrain --genotype {genotype} {data}")
     return 0
 
 
-def _resumed_plan(folder: Path, flags: Mapping[str, Any], *, preset: str | None, out: Path | None) -> Plan:
-    if preset is not None or out is not None:
+def _resumed_plan(folder: Path, flags: Mapping[str, Any], *, out: Path | None = None) -> Plan:
+    if "preset" in flags or out is not None:
         raise UserError("--resume goes on with a run as it was set up: drop --preset and --out")
     config = RunFolder.open(folder).config()
     if "method" not in config:

@@ -130,15 +130,12 @@ def main() -> int:
             if free < arguments.free + 8:  # a CUDA build of torch takes 5 GiB, and as much while it is unpacked
                 rows[pair] = {"result": f"not run: {free:.0f} GiB of disk are free"}
             else:
-                rows[pair] = try_pair(pair, work, work / "log.txt")
+                rows[pair] = {"date": time.strftime("%Y-%m-%d"), "commit": commit}
+                rows[pair] |= try_pair(pair, work, work / "log.txt")
             print(pair, rows[pair], flush=True)
             if arguments.out:
-                head = {
-                    "machine": f"{platform.machine()}, one thread",
-                    "date": time.strftime("%Y-%m-%d"),
-                    "commit": commit,
-                    "command": f"python3 tests/matrix.py --out FILE {' '.join(PAIRS)}",
-                }
+                command = f"python3 tests/matrix.py --out FILE {' '.join(PAIRS)}"
+                head = {"machine": f"{platform.machine()}, one thread", "command": command}
                 arguments.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
     return int(any(row["result"] == "fails" for row in rows.values()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -134,6 +135,34 @@ def test_a_closed_pipe_is_quiet():
     process.stderr.close()
     assert process.wait() == 1
     assert error == b""
+
+
+@pytest.mark.parametrize("module", ["fastnas.search", "fastnas.report"])
+def test_ctrl_c_while_torch_is_loaded_is_one_line(module, tmp_path):
+    (tmp_path / "torch.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert process.stdout.readline() == b"loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30) == (b"", b"interrupted\n")
+    assert process.returncode == 130
+
+
+def test_importing_fastnas_leaves_ctrl_c_alone(tmp_path):
+    """Also from the package of a command of one's own, while Python looks for that."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import fastnas\n")
+    script = "import signal\nprint(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    (tmp_path / "mine" / "train.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    for arguments in (["-m", "mine.train", "fastnas.search"], ["-c", f"import fastnas\n{script}", "-m"]):
+        assert subprocess.check_output([sys.executable, *arguments], env=environment) == b"True\n"
 
 
 def test_importing_it_is_light():

@@ -14,13 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import fastnas
 from fastnas import distributed, processes, rank, retrain, search
@@ -38,18 +38,9 @@ RETRAIN = "--genotype DARTS_V2 --epochs 2 --batch-size 16 --channels 4 --cells 3
 FILES = {"config.toml", "metrics.jsonl", "timing.jsonl", "genotype.json", "cells.svg", "checkpoint.pt"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (100, 8, 8), dtype=np.uint8), y=np.arange(100) % 2)
-    return f"--data npz:{path}"
+def data(archive: Callable[..., Path]) -> str:
+    return f"--data npz:{archive(100, 2)}"
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +117,18 @@ def assert_same_search(run: Path, expected: Path) -> None:
         assert record == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.parametrize("command", [search, retrain, rank])
+def test_torchrun_takes_no_flag_for_its_own(command):
+    """It looks at the flags behind the module's name too, and fails at one that begins two of its own."""
+    theirs = get_args_parser()._option_string_actions
+    ours = set(command.build_parser()._option_string_actions) - {"-h", "--help"}
+    assert [flag for flag in ours if any(name.startswith(flag) for name in theirs)] == []
+
+
 def test_two_processes_work_as_one(data, whole, tmp_path):
     """The steps of every method, statistics, evaluation; then a search, a retraining and a ranking; then SIGTERM."""
     commands = [f"{SEARCH} {data} --out {tmp_path}/run", f"{RETRAIN} {data} --out {tmp_path}/retrained"]
-    commands.append(f"--run {tmp_path}/run --samples 5")
+    commands.append(f"{tmp_path}/run --samples 5")
     (code, out, err), (other_code, other_out, other_err) = ends(start_two(SCRIPT, "check", *commands))
     assert err.startswith("error: ended from outside") and err.count("\n") == 1, err + other_err
     assert (code, other_code, other_out, other_err) == (1, 0, "", "")
@@ -147,12 +146,12 @@ def test_two_processes_work_as_one(data, whole, tmp_path):
     assert len(ranking) == 5 and "5 architectures in" in out
     assert {len(path.read_bytes().splitlines()) for path in (tmp_path / "run" / "rank").glob("*.jsonl")} == {2, 3}
     # One process goes on where two have ranked: only index 5 is new.
-    rank.main(["--run", str(tmp_path / "run"), "--samples", "6", "--quiet"])
+    rank.main([str(tmp_path / "run"), "--samples", "6", "--quiet"])
     new = rank.shard_path(tmp_path / "run", 0, 1)
     assert [json.loads(line)["index"] for line in new.read_text().splitlines()] == [5]
     for path in (tmp_path / "run" / "rank").iterdir():
         path.unlink()
-    rank.main(["--run", str(tmp_path / "run"), "--samples", "5", "--quiet"])
+    rank.main([str(tmp_path / "run"), "--samples", "5", "--quiet"])
     assert rank.read_ranking(tmp_path / "run") == ranking
 
 
@@ -249,4 +248,4 @@ def test_batches_that_cannot_be_shared_are_refused(second_of_two, data, tmp_path
     with pytest.raises(UserError, match="leaves each of 2 processes one image"):
         retrain.main(shlex.split(f"{RETRAIN.replace('--batch-size 16', '--batch-size 2')} {data} --out {tmp_path}/c"))
     with pytest.raises(UserError, match="leave out --shard"):
-        rank.main(["--run", str(tmp_path), "--shard", "0/2"])
+        rank.main([str(tmp_path), "--shard", "0/2"])

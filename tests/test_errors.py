@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +26,15 @@ NODES = ["--nodes", "2"]
 
 
 @pytest.fixture(autouse=True)
-def a_folder_of_its_own(tmp_path, monkeypatch) -> Iterator[None]:
-    """A run that starts although it should not leaves its folder here; settings of the process come back."""
-    threads = torch.get_num_threads()
+def a_folder_of_its_own(tmp_path, monkeypatch) -> None:
+    """A run that starts although it should not leaves its folder here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8), y=np.arange(40) % 4)
-    return path
+def images(archive: Callable[..., Path]) -> Path:
+    return archive(40, 4)
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +274,14 @@ def test_no_checkpoint(run, error):
     for path in run.glob("checkpoint*.pt"):
         path.unlink()
     check(error("search", "--resume", str(run)), f"no checkpoint at {run / 'checkpoint.pt'}", "start a new run")
+
+
+def test_retraining_on_other_data_than_the_search_is_pointed_out(runs, images, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_command(retrain.main, ["--genotype", str(runs["darts"]), *TINY, "--batch-size=256"])
+    assert stop.value.code == 0
+    line = f"searched on npz:{images}, and this trains on digits: for the same give --data npz:{images}\n"
+    assert capsys.readouterr().err.endswith(line)
 
 
 def test_labels_that_are_none_of_the_classes(tmp_path, error):

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -33,10 +32,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (250, 8, 8, 3), dtype=np.uint8), y=np.arange(250) % 3)
-    return f"npz:{path}"
+def images(archive: Callable[..., Path]) -> str:
+    return f"npz:{archive(250, 3, 3)}"
 
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:

@@ -89,6 +89,10 @@ def test_search_and_retraining_as_library_calls(own_space, tmp_path):
     with pytest.raises(UserError, match="holds a run of other settings"):
         fastnas.search_network(tmp_path / "search", method="pc_darts", space=own_space, **TINY | {"seed": 1})
 
+    automatic = TINY | {"batch_size": "auto", "train_fraction": 0.1}
+    sizes = [fastnas.search_network(tmp_path / "auto", **automatic).run.config()["batch_size"] for _ in range(2)]
+    assert sizes == [14, 14]
+
     size = {"epochs": 1, "channels": 4, "cells": 3, "batch_size": 256, "device": "cpu"}
     trained = fastnas.retrain_network(tmp_path / "search", tmp_path / "network", **size)
     assert (

@@ -65,6 +65,21 @@ def test_it_compares_executors(capsys: pytest.CaptureFixture[str]) -> None:
     assert alone["rows"][0]["predicted"]["saved_bytes"] == lean
 
 
+@pytest.mark.parametrize(
+    ("method", "space", "more"),
+    [
+        ("darts", "nasbench201", []),
+        ("spos", "nasbench101", ["--channels", "12"]),
+        ("spos", "shufflenet", ["--cells", "4"]),
+        ("random", "choice_blocks", ["--samples", "1"]),
+    ],
+)
+def test_predictions_hold_in_every_space(method: str, space: str, more: list[str], capsys) -> None:
+    arguments = [*SMALL, "--methods", method, "--space", space, *more, "--measure", "--json", "-"]
+    (row,) = json.loads(run(capsys, *arguments))["rows"]
+    assert row["error"] == 0.0 and row["predicted"]["saved"] == row["measured"]["saved"]
+
+
 def _texts(path: Path) -> set[str]:
     return {element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")}
 
@@ -85,7 +100,8 @@ def test_a_module_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Path
     output = run(capsys, *arguments)
     assert output.splitlines()[0].split() == ["tiny"]
     assert rows(output)["parameters"][-1].strip() == f"{4 * 27 + 4 + 1440 + 10:,}"
-    assert "no setting of a module" in run(capsys, *arguments, "--channels", "8", code=2)
+    for flag in (["--channels", "8"], ["--space", "darts"]):
+        assert f"{flag[0]} is no setting of a module" in run(capsys, *arguments, *flag, code=2)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +109,8 @@ def test_a_module_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Path
     [
         ("--methods dats", "unknown method 'dats'; did you mean 'darts'?"),
         ("--methods parsec --order 2", "order is a setting of none of the methods parsec"),
+        ("--methods darts --space shufflenet", "darts does not search the space shufflenet: give --space darts or"),
+        ("--space nowhere", "argument --space: invalid choice: 'nowhere'"),
         ("--executors plain,fast", "unknown executor 'fast'"),
         ("--executors plain --executor lean", "drop it, or --executor and --module"),
         ("--fit much", "a size must be a number with a unit such as 12GiB"),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from fastnas import correlate, rank
 from fastnas.correlate import rank_correlation, small_models, stratified, top_models
@@ -16,11 +15,9 @@ from fastnas.search import resolve, run_search
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(archive: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one-shot")
-    x = np.random.default_rng(0).integers(0, 256, (80, 8, 8), dtype=np.uint8)
-    np.savez(folder / "images.npz", x=x, y=np.arange(80) % 2)
-    settings = {"method": "one_shot", "space": "choice_blocks", "data": f"npz:{folder / 'images.npz'}", "epochs": 1}
+    settings = {"method": "one_shot", "space": "choice_blocks", "data": f"npz:{archive(80, 2)}", "epochs": 1}
     settings |= {
         "batch_size": 16,
         "ghost_batch": 8,
@@ -30,26 +27,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "candidates": 2,
         "threads": 1,
     }
-    threads = torch.get_num_threads()
-    path = run_search(resolve(settings), folder / "run", quiet=True).run.path
-    torch.set_num_threads(threads)
-    return path
+    return run_search(resolve(settings), folder / "run", quiet=True).run.path
 
 
 def records(*arguments: str) -> list[dict]:
     assert rank.main([*arguments, "--quiet"]) == 0
-    return rank.read_ranking(Path(arguments[1]))
+    return rank.read_ranking(Path(arguments[0]))
 
 
 def test_shards_and_a_resumed_run_give_what_one_process_gives(run, capsys):
-    whole = records("--run", str(run), "--samples", "20", "--images", "24")
+    whole = records(str(run), "--samples", "20", "--images", "24")
     whole_path = rank.shard_path(run, 0, 1)
     lines = whole_path.read_bytes().splitlines(keepends=True)
     whole_path.write_bytes(b"".join(lines[:17]) + lines[17][:9])  # killed while it wrote
-    assert records("--run", str(run), "--samples", "20", "--images", "24") == whole
+    assert records(str(run), "--samples", "20", "--images", "24") == whole
     whole_path.unlink()
     for shard in ("0/2", "1/2"):
-        found = records("--run", str(run), "--samples", "20", "--images", "24", "--shard", shard)
+        found = records(str(run), "--samples", "20", "--images", "24", "--shard", shard)
     assert found == whole and len(whole) == 20
     assert [r["accuracy"] for r in whole] == sorted((r["accuracy"] for r in whole), reverse=True)
     assert "20 architectures in" in capsys.readouterr().out
@@ -65,9 +59,9 @@ def test_ranked_sizes_are_those_of_the_networks(run):
 
 
 def test_other_settings_do_not_mix(run):
-    records("--run", str(run), "--samples", "2")
+    records(str(run), "--samples", "2")
     with pytest.raises(UserError, match="give the same settings"):
-        rank.main(["--run", str(run), "--samples", "2", "--images", "8"])
+        rank.main([str(run), "--samples", "2", "--images", "8"])
     for path in (run / "rank").iterdir():
         path.unlink()
 
@@ -75,12 +69,12 @@ def test_other_settings_do_not_mix(run):
 @pytest.mark.parametrize("shard", ["2/2", "1", "-1/2", "0/0"])
 def test_a_shard_must_be_one_of_n(run, shard):
     with pytest.raises(UserError, match="shard must be I/N"):
-        rank.main(["--run", str(run), f"--shard={shard}"])
+        rank.main([str(run), f"--shard={shard}"])
 
 
 def test_correlation_report(run, capsys):
-    records("--run", str(run), "--samples", "6")
-    arguments = ["--run", str(run), "--buckets", "2", "--per-bucket", "1", "--top", "1", "--epochs", "1", "--quiet"]
+    records(str(run), "--samples", "6")
+    arguments = [str(run), "--buckets", "2", "--per-bucket", "1", "--top", "1", "--epochs", "1", "--quiet"]
     assert correlate.main(arguments) == 0
     report = json.loads((run / "correlation.json").read_text())
     assert report["rows"].keys() == {"One-Shot Top", "One-Shot Small", "Random", "All On"}

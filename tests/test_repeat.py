@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,13 +19,6 @@ from fastnas.spaces import DartsSpace, load_genotype
 from fastnas.spaces.agreement import edge_agreement
 
 SIZE = {"batch_size": 8, "channels": 4, "cells": 3, "threads": 1, "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8), y=np.arange(60) % 3)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +94,7 @@ def test_warm_start_takes_over_the_distribution(repeated, plan, images, tmp_path
     for ours, theirs in zip(method.distribution.logits, source.logits, strict=True):
         assert torch.equal(ours, theirs)
     run_search(tuned, tmp_path / "tuned", quiet=True)
-    resumed = _resumed_plan(tmp_path / "tuned", {}, preset=None, out=None)
+    resumed = _resumed_plan(tmp_path / "tuned", {})
     assert resumed.method.warm_start is None
     run_search(resumed, resume=tmp_path / "tuned", quiet=True)
 

@@ -6,7 +6,6 @@ import json
 import statistics
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fastnas import retrain_seeds
@@ -16,10 +15,8 @@ from fastnas.retrain_seeds import SeedsResult, run_seeds
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8), y=np.arange(60) % 3)
-    flags = {"genotype": "DARTS_V2", "data": f"npz:{path}", "epochs": 1, "channels": 4, "cells": 3, "batch_size": 16}
+def plan(images):
+    flags = {"genotype": "DARTS_V2", "data": f"npz:{images}", "epochs": 1, "channels": 4, "cells": 3, "batch_size": 16}
     return resolve(flags | {"device": "cpu", "seed": 3}, {})
 
 

@@ -69,20 +69,6 @@ class Stop(Exception):
     """Ends a search in the middle."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8), y=np.arange(60) % 3)
-    return path
-
-
 def settings(case: str, images: Path, **more: Any) -> dict[str, Any]:
     # One thread: the tensors are too small for two, and two would fight over a busy machine.
     size = {"epochs": EPOCHS, "batch_size": 8, "channels": 4, "cells": 3, "nodes": 2, "threads": 1, "device": "cpu"}

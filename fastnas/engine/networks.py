@@ -37,21 +37,11 @@ def build_supernet(
     `k`: partial channels 1/K, for cells. `executor`, `auxiliary`: as `Supernet` takes them, for cells of the DARTS
     kind. `ghost`: images of a ghost batch, for choice blocks. Raises UserError for what a space does not have.
     """
+    size = {"channels": channels, "cells": cells, "classes": classes, "in_channels": in_channels}
     if isinstance(space, DartsSpace):
-        return Supernet(
-            space,
-            channels=channels,
-            cells=cells,
-            classes=classes,
-            in_channels=in_channels,
-            k=k,
-            stem=stem,
-            executor=executor,
-            auxiliary=auxiliary,
-        )
+        return Supernet(space, **size, k=k, stem=stem, executor=executor, auxiliary=auxiliary)
     if auxiliary:
         raise UserError(f"the space {space.name} has no auxiliary head: leave --auxiliary-weight at 0")
-    size = {"channels": channels, "cells": cells, "classes": classes, "in_channels": in_channels}
     if isinstance(space, Nasbench201Space) and stem == "cifar":
         return Nasbench201Network(space, **size, k=k)
     if k != 1:

@@ -162,7 +162,8 @@ class Supernet(nn.Module):
             raise UserError(f"unknown executor {executor!r}; there are {', '.join(EXECUTORS)}")
         if channels % (2 * k):
             raise UserError(
-                f"channels must be a multiple of 2k = {2 * k} so that 1/k of them can be selected, got {channels}"
+                f"channels must be a multiple of 2k = {2 * k} so that 1/k of them can be selected, got {channels}: "
+                "change --channels or --partial"
             )
         self.space = space
         self.executor = executor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastnas import _backends
 from fastnas._layout import empty_map, map_in_layout_of
-from fastnas.ops._checks import check_floating
+from fastnas.ops._checks import check_floating, check_list
 from fastnas.ops._library import define
 from fastnas.reference.depthwise_bank import depthwise_bank as _reference
 
@@ -213,8 +213,7 @@ def _check(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], strid
     check_floating(_OP, "x", x)
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{_OP}: x must be [B, C, H, W] with C, H, W > 0, got shape {tuple(x.shape)}")
-    if isinstance(weights, Tensor):
-        raise TypeError(f"{_OP}: weights must be a list of tensors, got one tensor")
+    check_list(_OP, "weights", weights)
     if len(weights) != len(dilations):
         raise ValueError(f"{_OP}: {len(dilations)} dilations for {len(weights)} weights")
     if not weights and not pools:

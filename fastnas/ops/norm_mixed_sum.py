@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastnas import _backends
-from fastnas.ops._checks import check_floating
+from fastnas.ops._checks import check_like, check_paths
 from fastnas.ops._library import accumulate_dtype, define, in_layout_of
 from fastnas.reference.norm_mixed_sum import norm_mixed_sum as _reference
 
@@ -297,26 +297,10 @@ def _update(
 
 
 def _check(ys: Sequence[Tensor], weights: Tensor, plain: Sequence[Tensor]) -> None:
-    for name, maps in (("ys", ys), ("plain", plain)):
-        if isinstance(maps, Tensor):
-            raise TypeError(f"norm_mixed_sum: {name} must be a list of tensors, got one tensor")
-    if len(ys) == 0:
-        raise ValueError("norm_mixed_sum: ys is empty, at least one tensor is needed")
-    first = ys[0]
-    check_floating("norm_mixed_sum", "ys[0]", first)
-    if first.dim() < 2:
-        raise ValueError(f"norm_mixed_sum: ys must be [N, C, ...], got ys[0] of shape {tuple(first.shape)}")
-    shape, dtype, device = first.shape, first.dtype, first.device
-    for name, maps in (("ys", ys), ("plain", plain)):
-        for k, x in enumerate(maps):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"norm_mixed_sum: {name}[{k}] must be a tensor, got {type(x).__name__}")
-            if x.dtype != dtype:
-                raise TypeError(f"norm_mixed_sum: {name}[{k}] is {x.dtype}, ys[0] is {dtype}")
-            if x.shape != shape:
-                raise ValueError(f"norm_mixed_sum: {name}[{k}] has shape {tuple(x.shape)}, ys[0] has {tuple(shape)}")
-            if x.device != device:
-                raise ValueError(f"norm_mixed_sum: {name}[{k}] is on {x.device}, ys[0] on {device}")
+    check_paths("norm_mixed_sum", "ys", ys)
+    if ys[0].dim() < 2:
+        raise ValueError(f"norm_mixed_sum: ys must be [N, C, ...], got ys[0] of shape {tuple(ys[0].shape)}")
+    check_like("norm_mixed_sum", "plain", plain, "ys[0]", ys[0])
     if not isinstance(weights, Tensor):
         raise TypeError(f"norm_mixed_sum: weights must be a tensor, got {type(weights).__name__}")
     if not weights.is_floating_point():
@@ -326,8 +310,8 @@ def _check(ys: Sequence[Tensor], weights: Tensor, plain: Sequence[Tensor]) -> No
             f"norm_mixed_sum: weights of shape {tuple(weights.shape)} hold {weights.numel()} values for "
             f"{len(ys)} normalised and {len(plain)} plain tensors"
         )
-    if weights.device != device:
-        raise ValueError(f"norm_mixed_sum: weights are on {weights.device}, ys on {device}")
+    if weights.device != ys[0].device:
+        raise ValueError(f"norm_mixed_sum: weights are on {weights.device}, ys on {ys[0].device}")
 
 
 def _check_running(name: str, running: Sequence[Tensor] | Tensor, ys: Sequence[Tensor]) -> None:

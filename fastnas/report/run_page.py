@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnas._files import replace_file
+from fastnas.config import WHICH_DATA, as_flags
 from fastnas.methods import METHODS, WeightSettings
 from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.report.charts import Line, heat_map, heat_scale, line_chart, stacked_bars
@@ -264,7 +265,7 @@ def _genotype(record: Record) -> str:
 
 def _next(record: Record) -> str:
     run, config = shlex.quote(str(record.path)), record.config
-    data = _flags(config, "data", "data_dir", "image_size")
+    data = as_flags(config, *WHICH_DATA)
     commands = []
     if not record.finished:
         program = "search" if record.is_search else "retrain"
@@ -273,24 +274,17 @@ def _next(record: Record) -> str:
         commands.append(("Train the network from scratch", f"python -m fastnas.retrain --genotype {run} {data}"))
         commands.append(("Count its parameters", f"python -m fastnas.info --genotype {run} --channels 36 --cells 20"))
     if record.is_search:
-        sizes = _flags(config, "batch_size", "channels", "cells", "nodes", "space")
+        sizes = as_flags(config, "batch_size", "channels", "cells", "nodes", "space")
         profile = f"python -m fastnas.profile --methods {shlex.quote(record.method)} {sizes} --by cell"
         commands.append(("See where the memory of a step goes", profile))
     if record.method == "parsec":
-        commands.append(("Train an ensemble of samples", f"python -m fastnas.ensemble --run {run} {data}"))
+        commands.append(("Train an ensemble of samples", f"python -m fastnas.ensemble {run} {data}"))
     if record.method == "one_shot":
-        commands.append(("Rank architectures on it", f"python -m fastnas.rank --run {run} --samples 1000"))
+        commands.append(("Rank architectures on it", f"python -m fastnas.rank {run} --samples 1000"))
     commands.append(
         ("Make this report again, or with another run's folder after it compare", f"python -m fastnas.report {run}")
     )
     return "".join(copyable(command, label) for label, command in commands)
-
-
-def _flags(config: Any, *names: str) -> str:
-    given = [(name, config.get(name)) for name in names]
-    return " ".join(
-        f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given if value not in (None, "none")
-    )
 
 
 def _settings(record: Record) -> str:

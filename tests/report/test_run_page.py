@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 import shutil
@@ -9,7 +10,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fastnas.errors import UserError
@@ -74,13 +74,6 @@ def read(path: Path) -> Reader:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8), y=np.arange(60) % 3)
-    return path
-
-
-@pytest.fixture(scope="module")
 def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     more: dict[str, dict[str, Any]] = {
@@ -123,6 +116,14 @@ def test_figures_of_a_method_have_charts(runs):
     assert "node 0 from c_{k-2}, sep_conv_3x3" in parsec.sections["architecture-over-time"]
     assert any("fastnas.ensemble" in text for text in parsec.commands)
     assert "node 0" not in read(runs["spos"] / "report.html").sections.get("architecture-over-time", "")
+
+
+def test_the_next_commands_are_accepted(runs):
+    for run in runs.values():
+        for line in (text for text in read(run / "report.html").commands if text.startswith("python -m")):
+            module, *arguments = shlex.split(line)[2:]
+            program = command if module == "fastnas.report" else importlib.import_module(module)
+            program.build_parser().parse_args(arguments)
 
 
 def test_the_next_commands_name_the_run(runs):
