@@ -23,6 +23,7 @@ from fastnas.cli import ArgumentParser, resumable, run_command
 from fastnas.config import add_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastnas.engine.graphs import capture_steps
 from fastnas.engine.training import Batch, Means, settled_heap
 from fastnas.errors import UserError, is_out_of_memory
 from fastnas.hashes import run_hashes
@@ -233,12 +234,13 @@ def _search(
     train_batches = train_stream.from_step(first_epoch * steps)
     search_batches = search_stream.from_step(first_epoch * steps)
     times, memory = StepTimes(), MemoryUse(device)
-    times.watch(method)
     with (
         settled_heap(),
         Events(run.path, on=plan.search.tensorboard, epoch=first_epoch) as events,
         Progress(plan.weights.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress,
     ):
+        capture_steps(method, progress.message)
+        times.watch(method)
         for epoch in range(first_epoch, plan.weights.epochs):
             started = time.perf_counter()
             times.clear()

@@ -151,16 +151,28 @@ def states_of(method: object, parts: Sequence[str]) -> dict[str, Any]:
 
 
 def load_states(method: object, parts: Sequence[str], state: dict[str, Any]) -> None:
-    """The reverse of `states_of`."""
+    """The reverse of `states_of`. How an optimiser updates is not taken over: it depends on the device."""
     for name in parts:
-        getattr(method, name).load_state_dict(state[name])
+        part, own = getattr(method, name), state[name]
+        if isinstance(part, torch.optim.Optimizer):
+            groups = [
+                saved | {key: group[key] for key in ("capturable", "foreach", "fused") if key in group}
+                for group, saved in zip(part.param_groups, own["param_groups"], strict=True)
+            ]
+            own = own | {"param_groups": [group | {"lr": float(group["lr"])} for group in groups]}
+        part.load_state_dict(own)
 
 
 class Method(Protocol):
-    """A search method: weights and architecture, a step that trains both, and the genotype they amount to."""
+    """A search method: weights and architecture, a step that trains both, and the genotype they amount to.
+
+    `graph_steps`: functions that `step` calls and a CUDA graph can record (`fastnas.engine.graphs`), by name; or why
+    there are none, as a line of the log says it.
+    """
 
     name: ClassVar[str]
     Settings: ClassVar[type]
+    graph_steps: tuple[str, ...] | str
 
     def __init__(self, settings: Any, problem: Problem) -> None: ...
 

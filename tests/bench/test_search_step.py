@@ -83,6 +83,11 @@ def test_unknown_rows_are_named() -> None:
         Row("fast", TINY, CPU)
 
 
+def test_a_recorded_step_needs_a_gpu_and_a_search_step() -> None:
+    with pytest.raises(UserError, match="fused_graph is a search step on a GPU: give --step search there"):
+        Row("fused_graph", TINY, CPU)
+
+
 def test_compiled_cells_come_with_their_compile_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
