@@ -28,8 +28,9 @@ from fastnas.search import build_method, resolve
 from fastnas.timing import ARCHITECTURE_STEPS
 
 ROWS = ("plain", "plain_channels_last", "fused", "fused_lean")
-GRAPH = "fused_graph"  # a fused search step on a GPU, recorded before it is timed
-EXECUTOR_OF = dict(zip((*ROWS, GRAPH), ("plain", "plain", "fused", "lean", "fused"), strict=True))
+HALF = "fused_half"  # maps in bfloat16, on a GPU
+GRAPH = "fused_graph"  # a search step that is recorded before it is timed, on a GPU
+EXECUTOR_OF = dict(zip((*ROWS, HALF, GRAPH), ("plain", "plain", "fused", "lean", "fused", "fused"), strict=True))
 METHODS = ("darts", "pc_darts", "parsec")
 PARTS = ("data", "forward", "backward", "architecture", "optimiser")
 
@@ -75,6 +76,8 @@ class Row:
     def __init__(self, name: str, problem: Problem, device: torch.device) -> None:
         if name not in EXECUTOR_OF:
             raise UserError(f"unknown row {name!r}; there are {', '.join(EXECUTOR_OF)}, plain_compile")
+        if name == HALF and device.type != "cuda":
+            raise UserError(f"{HALF} is for GPUs: leave the row out")
         if name == GRAPH and (device.type != "cuda" or problem.step != "search"):
             raise UserError(f"{GRAPH} is a search step on a GPU: give --step search there, or leave the row out")
         self.name, self.problem, self.device, self.index = name, problem, device, 0
@@ -95,6 +98,7 @@ class Row:
         problem = self.problem
         flags = {"method": problem.method, "data": "cifar10", "batch_size": problem.batch, "channels": problem.channels}
         flags |= {"cells": problem.cells, "nodes": problem.nodes, "executor": EXECUTOR_OF[self.name]}
+        flags["storage"] = "bfloat16" if self.name == HALF else "float32"
         if problem.method == "parsec":
             flags["likelihood"] = "mean"  # no weight vanishes, so every child runs backward
         plan = resolve(flags)

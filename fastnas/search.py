@@ -175,6 +175,10 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
     when the loss stops being a number, and when memory runs out.
     """
     device = prepare(plan.runtime)
+    if plan.weights.storage != "float32" and device.type != "cuda":
+        raise UserError(
+            f"storage {plan.weights.storage} is for GPUs, and this search runs on {device.type}: drop --storage"
+        )
     data = load_data(
         plan.data,
         plan.runtime,

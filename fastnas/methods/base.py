@@ -15,7 +15,7 @@ from fastnas.engine.choice_blocks import GHOST
 from fastnas.engine.mixture import Mixture
 from fastnas.engine.networks import build_supernet
 from fastnas.engine.stems import STEMS
-from fastnas.engine.supernet import EXECUTORS
+from fastnas.engine.supernet import EXECUTORS, STORAGE
 from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine
 from fastnas.errors import UserError
 from fastnas.spaces import AnyGenotype, AnySpace
@@ -38,6 +38,12 @@ class WeightSettings:
         "how cells run; fused: a few kernels a cell; lean: fused, keeping as little memory as possible and computing "
         "more; plain: one PyTorch module a candidate",
         choices=EXECUTORS,
+    )
+    storage: str = option(
+        "float32",
+        "what the executors fused and lean keep their maps in, on a GPU; bfloat16: half the memory and traffic, with "
+        "sums, statistics and parameters in float32",
+        choices=tuple(STORAGE),
     )
     lr: float = option(0.025, "learning rate of the weights at the start", above=0)
     lr_min: float = option(0.001, "learning rate that the cosine schedule ends at", minimum=0)
@@ -83,6 +89,7 @@ class Problem:
             ghost=ghost,
             stem=self.weights.stem,
             executor=self.weights.executor,
+            storage=self.weights.storage,
             auxiliary=auxiliary,
         ).to(self.device)
 

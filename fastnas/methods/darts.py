@@ -74,6 +74,8 @@ class Darts:
         weights = problem.weights
         if settings.random_channels and isinstance(problem.space, Nasbench201Space):
             raise UserError("random-channels is for cells of the DARTS kind: drop it on NAS-Bench-201")
+        if settings.random_channels and weights.storage != "float32":
+            raise UserError("random channels run on the plain executor, which has no storage: drop --storage")
         self.settings, self.weights, self.problem = settings, weights, problem
         self.supernet = problem.supernet(k=settings.partial)
         self.alphas = Alphas(

@@ -83,7 +83,9 @@ def test_unknown_rows_are_named() -> None:
         Row("fast", TINY, CPU)
 
 
-def test_a_recorded_step_needs_a_gpu_and_a_search_step() -> None:
+def test_rows_for_gpus_are_refused_elsewhere() -> None:
+    with pytest.raises(UserError, match="fused_half is for GPUs: leave the row out"):
+        Row("fused_half", TINY, CPU)
     with pytest.raises(UserError, match="fused_graph is a search step on a GPU: give --step search there"):
         Row("fused_graph", TINY, CPU)
 

@@ -46,8 +46,8 @@ def _fwd_fake(
     known, channels = Layout.unpack(layout), x.shape[-1]
     first, second = (stage.outputs if keep else 0 for stage in (known.first, known.second))
     return (
-        x.new_empty(known.rows, 2, channels),
-        x.new_empty((known.rows - 1, 2, channels) if given is None else 0),
+        mixture.new_empty(known.rows, 2, channels),
+        mixture.new_empty((known.rows - 1, 2, channels) if given is None else 0),
         _maps_of(x, known.stride, first),
         _maps_of(x, known.stride, second),
     )
@@ -71,9 +71,9 @@ def _bwd_fake(
     count = known.first.weight_count
     return (
         x.new_empty(x.shape if need_dx else 0),
-        x.new_empty(len(known.terms)),
-        x.new_empty(sum(numbers[:count])),
-        x.new_empty(sum(numbers[count:])),
+        norms.new_empty(len(known.terms)),
+        norms.new_empty(sum(numbers[:count])),
+        norms.new_empty(sum(numbers[count:])),
     )
 
 
