@@ -51,16 +51,16 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
     Sampled paths need it: the running statistics of a shared operation mix all the paths that led to it.
     """
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
-    before = [(norm, norm.training, norm.momentum) for norm in norms]
+    before = [(norm, norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:
         norm.train()
-        norm.momentum = 0.0
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm, training, momentum in before:
+        for norm, training, tracks in before:
             norm.train(training)
-            norm.momentum = momentum
+            norm.track_running_stats = tracks
 
 
 def recalibrate(module: nn.Module, run: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> None:
