@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastnas import processes
 
@@ -70,7 +70,7 @@ class CapturedStep:
                 self._replay = _record(self.step, own, self.pool)
             except Exception as error:  # whatever the step does that a graph cannot hold
                 self.forget()
-                self.problem = str(error).strip().splitlines()[0] if str(error) else repr(error)
+                self.problem = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
                 self.say(f"{self.name}: no CUDA graph, recording failed: {self.problem}")
                 return self.step(*inputs)
             self.say(f"{self.name}: runs as a CUDA graph")
@@ -144,7 +144,7 @@ def _new_pool() -> Any:
 
 def _room_for(values: Sequence[Any]) -> list[Tensor]:
     """A tensor for each value; those of numbers lie with the first tensor."""
-    device = next(value.device for value in values if isinstance(value, Tensor))
+    device = _device_of(values)
     return [
         torch.empty_like(value)
         if isinstance(value, Tensor)
@@ -162,23 +162,42 @@ def _fits(given: Sequence[Any], kept: Sequence[Tensor]) -> bool:
 
 def _on_a_side_stream(step: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     """As PyTorch asks of the calls before a recording: autograd remembers the stream that it first ran on."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        result = step(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.device(_device_of(inputs)):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = step(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
     return result
 
 
 def _record(step: Callable[..., Any], inputs: Sequence[Any], pool: Any) -> Callable[[], Any]:
     """Record without running; what is returned replays, and returns what the step did."""
+    device = _device_of(inputs)
     graph = torch.cuda.CUDAGraph()
-    # Only this thread: one that pins images may go on allocating.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = step(*inputs)
+    problem: Exception | None = None
+    try:
+        with (
+            torch.cuda.device(device),  # which need not be the current one: elsewhere nothing would be recorded
+            torch.cuda.stream(torch.cuda.current_stream(device)),  # to go back to when a recording cannot be ended
+            # Only this thread is watched: one that pins images may go on allocating.
+            torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+        ):
+            try:
+                result = step(*inputs)
+            except Exception as error:
+                problem = error
+                raise
+    except Exception as error:  # a recording that fails cannot be ended either, and says so on top
+        raise problem or error from None
 
     def replay() -> Any:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return result
 
     return replay
+
+
+def _device_of(values: Any) -> torch.device:
+    return next(value.device for value in tree_leaves(values) if isinstance(value, Tensor))

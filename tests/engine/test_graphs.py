@@ -1,5 +1,7 @@
 """Steps as CUDA graphs: a CPU can show that the step runs all the same, once a call, and that a line says why."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -40,6 +42,27 @@ def test_a_recording_that_fails_falls_back_loses_no_step_and_says_why_once(as_on
     assert said == [
         "architecture step: no CUDA graph, recording failed: operation not permitted when stream is capturing"
     ]
+
+
+def test_the_reason_is_what_the_step_did_not_that_the_recording_could_not_be_ended(monkeypatch):
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        try:
+            yield
+        except ValueError as error:
+            raise RuntimeError("the recording could not be ended") from error
+
+    for name in ("CUDAGraph", "current_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+    def wrong(x):
+        raise ValueError("reads a value")
+
+    with pytest.raises(ValueError, match="reads a value"):
+        graphs._record(wrong, (torch.ones(1),), None)
 
 
 def test_replays_read_new_inputs_and_other_shapes_run_as_they_are(as_on_a_gpu):
