@@ -37,10 +37,12 @@ if command -v compute-sanitizer >/dev/null; then
   step memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 \
     "$python" -m pytest -q -m gpu tests/kernels/test_gpu.py -k side_stream
 fi
-step engine 120 "$python" -m pytest -q -m gpu tests/engine tests/profiler
+step engine 180 "$python" -m pytest -q -m gpu tests/engine tests/methods tests/profiler
 for method in darts pc_darts; do
   step "search_step_$method" 90 "$python" bench/search_step.py --method "$method" --batch 64 \
-    --rows plain,plain_channels_last,fused,fused_lean --json "$out/search_step_${method}_gpu.json"
+    --rows plain,plain_channels_last,fused,fused_lean,fused_half --json "$out/search_step_${method}_gpu.json"
+  step "search_step_${method}_whole" 90 "$python" bench/search_step.py --method "$method" --batch 64 --step search \
+    --rows plain,fused,fused_graph --json "$out/search_step_${method}_whole_gpu.json"
 done
 step bench 230 "$python" -m pytest -q bench/ --benchmark-only --no-compile --results "$out/gpu_bench.json"
 

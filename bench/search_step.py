@@ -6,7 +6,8 @@
 A round runs every row once, so that a machine that slows down does so for all; the first runs are left out and
 reported as `first_ms`. `ms` is the median of the rounds, `parts_ms` a breakdown of further runs; `saved_bytes` and
 `peak_bytes` come from the tracker of the profiler and are the same each time. The row `plain_compile` runs one normal
-and one reduction cell under torch.compile, which takes too long for the whole network.
+and one reduction cell under torch.compile, which takes too long for the whole network; on a GPU the row `fused_half`
+keeps its maps in bfloat16, and `fused_graph` replays a search step that was recorded before.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if not __package__:
 
 from bench.footprints import status
 from bench.report import machine_line
-from bench.step_rows import METHODS, PARTS, ROWS, Problem, Row, compiled_cells
+from bench.step_rows import GRAPH, HALF, METHODS, PARTS, ROWS, Problem, Row, compiled_cells
 from bench.sweep import sweep
 from fastnas.engine.training import settled_heap
 from fastnas.errors import UserError
@@ -95,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--method", choices=METHODS, default="darts")
     parser.add_argument("--step", choices=("pass", "search"), default="pass", help="what a run is [pass]")
-    parser.add_argument("--rows", default=",".join(ROWS), help=f"comma-separated; also {COMPILED} [%(default)s]")
+    parser.add_argument(
+        "--rows", default=",".join(ROWS), help=f"comma-separated; {HALF}, {GRAPH}, {COMPILED} [%(default)s]"
+    )
     for field in fields(Problem):
         if field.name not in ("method", "step"):
             default = 16 if field.name == "batch" else field.default

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import fastnas
+from fastnas.engine.graphs import WARM_UP, capture_steps
 from fastnas.engine.supernet import Supernet
 from fastnas.engine.training import Batch
 from fastnas.errors import UserError
@@ -26,8 +27,10 @@ from fastnas.profiler.step import Inputs, Trains, predict
 from fastnas.search import build_method, resolve
 from fastnas.timing import ARCHITECTURE_STEPS
 
-EXECUTOR_OF = {"plain": "plain", "plain_channels_last": "plain", "fused": "fused", "fused_lean": "lean"}
-ROWS = tuple(EXECUTOR_OF)
+ROWS = ("plain", "plain_channels_last", "fused", "fused_lean")
+HALF = "fused_half"  # maps in bfloat16, on a GPU
+GRAPH = "fused_graph"  # a search step that is recorded before it is timed, on a GPU
+EXECUTOR_OF = dict(zip((*ROWS, HALF, GRAPH), ("plain", "plain", "fused", "lean", "fused", "fused"), strict=True))
 METHODS = ("darts", "pc_darts", "parsec")
 PARTS = ("data", "forward", "backward", "architecture", "optimiser")
 
@@ -71,19 +74,31 @@ class Row:
     """One way to run the problem, with data of its own, built on `device`."""
 
     def __init__(self, name: str, problem: Problem, device: torch.device) -> None:
-        if name not in ROWS:
-            raise UserError(f"unknown row {name!r}; there are {', '.join(ROWS)}, plain_compile")
+        if name not in EXECUTOR_OF:
+            raise UserError(f"unknown row {name!r}; there are {', '.join(EXECUTOR_OF)}, plain_compile")
+        if name == HALF and device.type != "cuda":
+            raise UserError(f"{HALF} is for GPUs: leave the row out")
+        if name == GRAPH and (device.type != "cuda" or problem.step != "search"):
+            raise UserError(f"{GRAPH} is a search step on a GPU: give --step search there, or leave the row out")
         self.name, self.problem, self.device, self.index = name, problem, device, 0
         self.work = self._build(device)
         images = torch.randint(256, (4 * problem.batch, *problem.shape), dtype=torch.uint8, device=device)
         labels = torch.randint(problem.classes, (4 * problem.batch,), device=device)
         self._data = images, labels
+        if name == GRAPH:
+            lines: list[str] = []
+            capture_steps(self.work, lines.append)
+            for _ in range(WARM_UP + 1):
+                self.run()
+            if refused := [line for line in lines if "no CUDA graph" in line]:
+                raise UserError(f"{GRAPH}: {refused[0]}")
 
     def _build(self, device: torch.device) -> Trains:
         torch.manual_seed(0)
         problem = self.problem
         flags = {"method": problem.method, "data": "cifar10", "batch_size": problem.batch, "channels": problem.channels}
         flags |= {"cells": problem.cells, "nodes": problem.nodes, "executor": EXECUTOR_OF[self.name]}
+        flags["storage"] = "bfloat16" if self.name == HALF else "float32"
         if problem.method == "parsec":
             flags["likelihood"] = "mean"  # no weight vanishes, so every child runs backward
         plan = resolve(flags)
@@ -207,15 +222,15 @@ class Stopwatch:
         grad, backward = torch.autograd.grad, torch.Tensor.backward
         torch.autograd.grad = wrapped("backward", grad)
         torch.Tensor.backward = wrapped("backward", backward)
-        functions = [name for name in ARCHITECTURE_STEPS if hasattr(work, name)]
-        for name in functions:
-            setattr(work, name, wrapped("architecture", getattr(work, name)))
+        functions = {name: getattr(work, name) for name in ARCHITECTURE_STEPS if hasattr(work, name)}
+        for name, function in functions.items():
+            setattr(work, name, wrapped("architecture", function))
         try:
             yield
         finally:
             torch.autograd.grad, torch.Tensor.backward = grad, backward
             for name in functions:
-                delattr(work, name)
+                setattr(work, name, functions[name])
             for hook in hooks:
                 hook.remove()
 

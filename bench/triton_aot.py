@@ -154,6 +154,11 @@ def stage_maps(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[T
     return [torch.empty(shape, dtype=dtype, device="meta") for _ in range(count)]
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Of what is no map: weights, coefficients, statistics."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def call_node_sum(dtype: torch.dtype, quick: bool) -> None:
     from fastnas.kernels import node_sum as op
 
@@ -161,7 +166,7 @@ def call_node_sum(dtype: torch.dtype, quick: bool) -> None:
         nodes = torch.empty((*shape[:3], 4 * shape[3]), dtype=dtype, device="meta").split(shape[3], dim=-1)
         for count in (7,) if quick else (1, 7):
             terms = [nodes[0], *stage_maps(count - 1, shape, dtype)]
-            coef = torch.empty(count, 2, shape[3], dtype=dtype, device="meta")
+            coef = torch.empty(count, 2, shape[3], dtype=wide(dtype), device="meta")
             for accumulate in (False, True):
                 op.node_sum(nodes[1], terms, coef, accumulate)
         for edges in (1,) if quick else (1, 4):
@@ -173,12 +178,13 @@ def call_conv_stage(dtype: torch.dtype, quick: bool) -> None:
 
     def one(xs: list[Tensor], norms: bool, parts: list[int], sides: list[int], outputs: int, stride: int) -> None:
         channels = xs[0].shape[-1]
-        depthwise = [torch.empty((channels, 1, k, k) if k else 0, dtype=dtype, device="meta") for k in sides]
-        pointwise = [torch.empty((outputs, channels, 1, 1), dtype=dtype, device="meta") for _ in sides]
-        stats = torch.empty((len(xs), 2, channels), dtype=dtype, device="meta") if norms else None
+        like = {"dtype": wide(dtype), "device": "meta"}
+        depthwise = [torch.empty((channels, 1, k, k) if k else 0, **like) for k in sides]
+        pointwise = [torch.empty((outputs, channels, 1, 1), **like) for _ in sides]
+        stats = torch.empty((len(xs), 2, channels), **like) if norms else None
         given = (xs, stats, parts, depthwise, pointwise, stride)
         z, _ = op.conv_stage_fwd(*given, True)
-        zs, coef = list(z), torch.empty((len(z), 4, z.shape[-1]), dtype=dtype, device="meta")
+        zs, coef = list(z), torch.empty((len(z), 4, z.shape[-1]), **like)
         op.conv_stage_bwd(zs, zs, coef, *given, None if norms else xs[0], True, True)
 
     edge = [(3, 1), (5, 1), (3, 2), (5, 2)]  # sides and dilations of the candidates of an edge
@@ -204,7 +210,7 @@ def call_pool_stage(dtype: torch.dtype, quick: bool) -> None:
             (x,) = stage_maps(1, shape, dtype)
             pooled, _ = op.pool_stage_fwd(x, stride, True)
             for count in (4,) if quick else (1, 4):
-                scales, coef = (torch.empty((n, 3, shape[3]), dtype=dtype, device="meta") for n in (count, 2))
+                scales, coef = (torch.empty((n, 3, shape[3]), dtype=wide(dtype), device="meta") for n in (count, 2))
                 op.pool_stage_bwd(x, [pooled[0]] * count, scales, coef, stride, x)
 
 
@@ -220,7 +226,7 @@ def call_partial_join(dtype: torch.dtype, quick: bool) -> None:
             (d_mixed,) = stage_maps(1, (*shape[:3], channels // k), dtype)
             for later in (3,) if quick else (0, 3):
                 states = [x, x, *stage_maps(later, (*size, channels), dtype)]
-                betas = torch.empty(len(states), dtype=dtype, device="meta")
+                betas = torch.empty(len(states), dtype=wide(dtype), device="meta")
                 (out,) = stage_maps(1, (*size, channels), dtype)
                 strides = [stride, stride, *[1] * later]
                 op.partial_join(out, mixed, states, strides, betas, k)
@@ -240,7 +246,6 @@ OPS: dict[str, Callable[[torch.dtype, bool], None]] = {
     "pool_stage": call_pool_stage,
     "partial_join": call_partial_join,
 }
-STAGES = ("node_sum", "conv_stage", "pool_stage", "partial_join")
 
 
 def launches(ops: list[str], dtypes: list[str], quick: bool) -> list[Launch]:
@@ -261,10 +266,8 @@ def launches(ops: list[str], dtypes: list[str], quick: bool) -> list[Launch]:
             _launch._device_name = lambda device, table=table: table
             for op in ops:
                 for dtype in dtypes:
-                    # float16 takes the paths of bfloat16, and float64 is there to check the others against; the stages
-                    # are made for float32.
-                    few = ("float16", "float64", *(("bfloat16",) if op in STAGES else ()))
-                    OPS[op](getattr(torch, dtype), quick or dtype in few)
+                    # float16 takes the paths of bfloat16, and float64 is there to check the others against.
+                    OPS[op](getattr(torch, dtype), quick or dtype in ("float16", "float64"))
     finally:
         _launch._device_name = name
         for module in modules:

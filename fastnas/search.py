@@ -23,6 +23,7 @@ from fastnas.cli import ArgumentParser, resumable, run_command
 from fastnas.config import WHICH_DATA, add_flags, as_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastnas.engine.graphs import capture_steps
 from fastnas.engine.training import Batch, Means, settled_heap
 from fastnas.errors import UserError, is_out_of_memory
 from fastnas.hashes import run_hashes
@@ -174,6 +175,10 @@ def run_search(plan: Plan, out: Path | None = None, *, resume: Path | None = Non
     when the loss stops being a number, and when memory runs out.
     """
     device = prepare(plan.runtime)
+    if plan.weights.storage != "float32" and device.type != "cuda":
+        raise UserError(
+            f"storage {plan.weights.storage} is for GPUs, and this search runs on {device.type}: drop --storage"
+        )
     data = load_data(
         plan.data,
         plan.runtime,
@@ -233,12 +238,13 @@ def _search(
     train_batches = train_stream.from_step(first_epoch * steps)
     search_batches = search_stream.from_step(first_epoch * steps)
     times, memory = StepTimes(), MemoryUse(device)
-    times.watch(method)
     with (
         settled_heap(),
         Events(run.path, on=plan.search.tensorboard, epoch=first_epoch) as events,
         Progress(plan.weights.epochs, steps, start_epoch=first_epoch, quiet=quiet) as progress,
     ):
+        capture_steps(method, progress.message)
+        times.watch(method)
         for epoch in range(first_epoch, plan.weights.epochs):
             started = time.perf_counter()
             times.clear()

@@ -47,8 +47,8 @@ class StepTimes:
 
 
 class MemoryUse:
-    """Memory of a run, in bytes: on a GPU the peak of PyTorch's allocator since `clear`, else what the process has in
-    main memory at the moment."""
+    """Memory of a run, in bytes: on a GPU the peak of what PyTorch's allocator holds since `clear`, with the memory
+    that recorded steps keep for themselves; else what the process has in main memory at the moment."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -61,7 +61,7 @@ class MemoryUse:
     def read(self) -> dict[str, int]:
         """As timing.jsonl has it; nothing where the system does not tell."""
         if self.device.type == "cuda":
-            return {"memory_bytes": torch.cuda.max_memory_allocated(self.device)}
+            return {"memory_bytes": torch.cuda.max_memory_reserved(self.device)}
         size = resident_bytes()
         return {} if size is None else {"memory_bytes": size}
 

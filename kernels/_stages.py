@@ -113,7 +113,7 @@ def statistics(parts: Tensor, like: Tensor, maps: int, positions: int, bq: int) 
     """Mean and biased variance ``[maps, 2, C]`` from what ``store_statistics`` wrote, ``parts [2, maps C, T]``."""
     _, rows, count = parts.shape
     channels = rows // maps
-    stats = like.new_empty(maps, 2, channels)
+    stats = like.new_empty(maps, 2, channels, dtype=_launch.accumulate_in(like.dtype)[0])
     at = _launch.config("stage_statistics", stats)
     args = (parts, stats, rows, channels, positions, count)
     _launch.launch(like.device, stage_statistics_kernel, triton.cdiv(rows, at["BR"]), *args, BQ=bq, **at)

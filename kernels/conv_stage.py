@@ -96,7 +96,7 @@ def conv_stage_fwd(
     stage = _Stage(xs, parts, depthwise, pointwise, stride)
     z = xs[0].new_empty(stage.outputs, stage.batch, *stage.out, stage.out_channels)
     if z.numel() == 0:
-        return z, z.new_zeros((stage.outputs, 2, stage.out_channels) if statistics_wanted else 0)
+        return z, stage.weights.new_zeros((stage.outputs, 2, stage.out_channels) if statistics_wanted else 0)
     at = config("conv_stage_fwd", z[0])
     bq, limit = block(stage.positions, at.pop("BQ"), 16), at.pop("BLOCK")
     bo = block(stage.widest, limit, 16)
@@ -129,7 +129,7 @@ def conv_stage_fwd(
         **at,
     )
     if partial is None:
-        return z, z.new_empty(0)
+        return z, stage.weights.new_empty(0)
     return z, statistics(partial, z, stage.outputs, stage.positions, bq)
 
 
@@ -149,12 +149,12 @@ def conv_stage_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx by what relu took, its sums where there are norms, and the weights' gradients in one piece."""
     stage = _Stage(xs, parts, depthwise, pointwise, stride)
-    none = xs[0].new_empty(0)
+    none = stage.weights.new_empty(0)
     norms = norms if norms is None else norms.contiguous()
     given = (tuple(gs), tuple(zs), coef.contiguous())
     if stage.positions == 0:
         dx = xs[0].new_empty(len(xs), *xs[0].shape) if need_dx else none
-        dots = xs[0].new_zeros(len(xs), 2, stage.channels) if need_dx and norms is not None else none
+        dots = none.new_zeros(len(xs), 2, stage.channels) if need_dx and norms is not None else none
         return dx, dots, torch.zeros_like(stage.weights) if need_dw else none
     da = _output_gradient(stage, given) if need_dx or stage.has_depthwise else None
     dx, dots = _input_gradient(stage, da, norms, base) if need_dx else (none, none)
@@ -164,7 +164,7 @@ def conv_stage_bwd(
 def _output_gradient(stage: _Stage, given: tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]) -> Tensor:
     """da ``[parts, B H' W', C]``."""
     gs, zs, coef = given
-    da = stage.weights.new_empty(stage.parts, stage.positions, stage.channels)
+    da = stage.maps[0].new_empty(stage.parts, stage.positions, stage.channels)
     at = config("conv_stage_da", da[0])
     bq, limit = block(stage.positions, at.pop("BQ"), 16), at.pop("BLOCK")
     bc = block(stage.channels, limit, 16)
@@ -197,7 +197,7 @@ def _input_gradient(stage: _Stage, da: Tensor, norms: Tensor | None, base: Tenso
     """dx ``[sources, B, H, W, C]``, and its sums ``[sources, 2, C]`` where there are norms."""
     x = stage.maps[0]
     dx = x.new_empty(stage.sources, *x.shape)
-    dots = x.new_empty((stage.sources, 2, stage.channels) if norms is not None else 0)
+    dots = stage.weights.new_empty((stage.sources, 2, stage.channels) if norms is not None else 0)
     rows, columns, at = tiles("conv_stage_dx", x, stage.channels)
     partial = new_parts(x, dots.numel(), rows) if norms is not None else None
     launch(

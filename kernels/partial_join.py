@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnas.kernels._launch import launch
+from fastnas.kernels._launch import accumulate_in, launch
 from fastnas.kernels._stages import new_parts, pitch, pitches, row_sums, tiles
 
 
@@ -206,7 +206,8 @@ def partial_join(
 def partial_join_bwd(g: Tensor, xs: Sequence[Tensor], strides: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
     """Gradients of the mixed channels ``[B, H, W, C / K]`` and of the betas ``[N]``."""
     batch, height, width, channels = g.shape
-    mixed, d_betas = g.new_empty(batch, height, width, channels // k), g.new_empty(len(xs))
+    mixed = g.new_empty(batch, height, width, channels // k)
+    d_betas = g.new_empty(len(xs), dtype=accumulate_in(g.dtype)[0])
     if g.numel() == 0:
         return mixed, d_betas.zero_()
     rows, columns, at = tiles("partial_join_bwd", g, channels)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnas.kernels._launch import launch
+from fastnas.kernels._launch import accumulate_in, launch
 from fastnas.kernels._stages import new_parts, pitch, pitches, row_of, statistics, store_statistics, tiles
 
 
@@ -197,7 +197,7 @@ def pool_stage_fwd(x: Tensor, stride: int, statistics_wanted: bool) -> tuple[Ten
     sizes, channels = _sizes(x, stride), x.shape[-1]
     out = x.new_empty(2, x.shape[0], *sizes[2:], channels)
     if x.numel() == 0:
-        return out, x.new_zeros((2, 2, channels) if statistics_wanted else 0)
+        return out, x.new_zeros((2, 2, channels) if statistics_wanted else 0, dtype=accumulate_in(x.dtype)[0])
     rows, columns, at = tiles("pool_stage_fwd", out[0], channels)
     positions = out[0].numel() // channels
     partial = new_parts(x, 2, 2 * channels, rows) if statistics_wanted else None

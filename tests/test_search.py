@@ -240,6 +240,31 @@ def test_a_search_stopped_in_mid_epoch_goes_on_bit_for_bit(case, epoch, whole, i
     assert_same_run(tmp_path / "run", whole[case])
 
 
+@pytest.mark.parametrize("case", ["darts-second-order", "snas"])
+def test_recorded_steps_are_announced_once_and_go_on_bit_for_bit(
+    case, images, tmp_path, as_on_a_gpu, monkeypatch, capsys
+):
+    run_search(resolve(settings(case, images)), tmp_path / "whole")
+    method = METHODS[CASES[case]["method"]]
+    said = [line for line in capsys.readouterr().out.splitlines() if "CUDA graph" in line]
+    assert said == [f"{name.replace('_', ' ')}: runs as a CUDA graph" for name in as_on_a_gpu.steps]
+    assert len(said) == {"darts": 2, "snas": 1}[method.name]
+
+    start_epoch = method.start_epoch
+
+    def stop(self, epoch):
+        if epoch == 2:
+            raise Stop
+        start_epoch(self, epoch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "start_epoch", stop)
+        with pytest.raises(Stop):
+            do_search(tmp_path / "run", case, images)
+    go_on(tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_search_stopped_before_its_checkpoint_repeats_the_epoch(whole, images, tmp_path, monkeypatch):
     save = search.save_checkpoint
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from fastnas.methods.one_shot import score
 from fastnas.spaces import DartsSpace, build_space
 
 CELLS = DartsSpace(nodes=2, candidates=("none", "avg_pool_3x3", "skip_connect", "sep_conv_3x3"))
+VAE = {"ranked": 6, "rank_batches": 3, "vae_iterations": 4, "vae_hidden": 8, "vae_latent": 2, "vae_lr": 0.05}
 METHOD_CASES: dict[str, dict[str, Any]] = {
     "darts": {"order": 2, "warmup_epochs": 0},
     "pc_darts": {"partial": 2, "warmup_epochs": 0},
@@ -33,6 +35,8 @@ METHOD_CASES: dict[str, dict[str, Any]] = {
     "proxyless": {"warmup_epochs": 0, "arch_interval": 1},
     "one_shot": {"ghost_batch": 2, "dropout_rate": 0.1, "dropout_ramp": False},
     "random": {"samples": 1},
+    "vaenas_os": {**VAE, "epsilon_step": 0.3},
+    "vaenas_g": {**VAE, "warmup_epochs": 0, "arch_interval": 1},
 }
 
 
@@ -65,23 +69,37 @@ def tensors(state: Any) -> dict[str, torch.Tensor]:
     return {place: torch.as_tensor(leaf) for place, leaf in distributed._leaves(state) if leaf is not None}
 
 
-def check_that_steps_are_those_of_one_process(name: str) -> None:
-    """With given statistics of batch normalisation: the batch's own are those of the part that a process sees."""
+def check_that_epochs_are_those_of_one_process(name: str) -> None:
+    """Two epochs, with what the first one ends with: that trains the autoencoder of VAENAS, and scores whole batches.
+
+    Steps have given statistics of batch normalisation: the batch's own are those of the part that a process sees.
+    """
     with processes.alone():
         alone = build(name)
     together = build(name)
-    for method in (alone, together):
-        if name != "one_shot":  # its ghost batches are the same, however many processes share the batch
-            getattr(method, "supernet", getattr(method, "network", None)).eval()
-    stream, figures, expected = batches(), Means(), Means()
-    for index in range(3):
-        train, found = next(stream), next(stream)
+    stream, steps = batches(), 3
+    for epoch in range(2):
+        for method in (alone, together):
+            method.start_epoch(epoch)
+            if name != "one_shot":  # its ghost batches are the same, however many processes share the batch
+                getattr(method, "supernet", getattr(method, "network", None)).eval()
+        figures, expected = Means(), Means()
+        for index in range(epoch * steps, (epoch + 1) * steps):
+            train, found = next(stream), next(stream)
+            with processes.alone():
+                expected.add(alone.step(index, train, found))
+            figures.add(together.step(index, part(train), part(found)))
         with processes.alone():
-            expected.add(alone.step(index, train, found))
-        figures.add(together.step(index, part(train), part(found)))
-    with processes.alone():
-        wanted = expected.read()
-    assert figures.read() == pytest.approx(wanted, rel=1e-6), name
+            wanted = expected.read()
+        assert figures.read() == pytest.approx(wanted, rel=1e-6), name
+        if epoch == 0:
+            dealt = [next(stream) for _ in range(5)]
+            with processes.alone():
+                wanted = alone.end_epoch(dealt)
+            ended = together.end_epoch(dealt[processes.rank() :: processes.world_size()])
+            assert ended.keys() == wanted.keys()
+            for figure, value in wanted.items():
+                assert np.asarray(ended[figure]) == pytest.approx(np.asarray(value), rel=1e-6), (name, figure)
     states = tensors(together.state_dict()), tensors(alone.state_dict())
     assert states[0].keys() == states[1].keys(), name  # momentum for the same parameters
     for place, tensor in states[0].items():
@@ -152,7 +170,7 @@ def all_checks() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parsec, "batch_statistics", lambda module: contextlib.nullcontext())
         for name in METHOD_CASES:
-            check_that_steps_are_those_of_one_process(name)
+            check_that_epochs_are_those_of_one_process(name)
     check_statistics()
     check_evaluation()
     check_words()

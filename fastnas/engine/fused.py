@@ -68,7 +68,8 @@ class FusedCell:
 
     def __call__(self, s0: Tensor, s1: Tensor, architecture: Mixture | Genotype, *, lean: bool) -> Tensor:
         """Run the cell on the outputs s0, s1 [B, C, H, W] of the two before it, as the architecture says."""
-        training, reduction = self.cell.training, self.cell.reduction
+        # Of the normalisations, which may have been told to take the batch's statistics in evaluation.
+        training, reduction = self.preprocess0.running.norms[0].training, self.cell.reduction
         s0, s1 = self.preprocess0(s0, training), self.preprocess1(s1, training)
         if isinstance(architecture, Genotype):
             plan = self.path(architecture.reduce if reduction else architecture.normal)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastnas.engine.fused_plan import CellPlan, Extra, SourcePlan
+from fastnas.ops._library import accumulate_dtype
 from fastnas.ops.stages.conv_stage import unflatten
 from fastnas.ops.stages.maps import images, maps
 from fastnas.ops.stages.partial_join import partial_join, partial_join_bwd, partial_join_dx
@@ -26,7 +27,7 @@ class ExtraRun:
         self.extra = extra
         with torch.enable_grad():
             # A copy: the state lies beside nodes that are still to be written.
-            self.x = images(x.detach()).clone().requires_grad_()
+            self.x = images(x.detach()).to(accumulate_dtype(x.dtype), copy=True).requires_grad_()
             self.y = extra.module(self.x)
 
     def backward(self, g: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -34,10 +35,10 @@ class ExtraRun:
         parameters = list(self.extra.module.parameters())
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
         dx, *found = torch.autograd.grad(
-            self.y, [self.x, *wanted], weight * images(g), allow_unused=True, materialize_grads=True
+            self.y, [self.x, *wanted], weight * images(g).to(self.y.dtype), allow_unused=True, materialize_grads=True
         )
         by_parameter = dict(zip(map(id, wanted), found, strict=True))
-        return maps(dx), (self.y.detach() * images(g)).sum(), [by_parameter.get(id(p)) for p in parameters]
+        return maps(dx).to(g.dtype), (self.y.detach() * images(g)).sum(), [by_parameter.get(id(p)) for p in parameters]
 
 
 @dataclass
@@ -239,7 +240,7 @@ class _FusedCell(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan: CellPlan, training: bool, lean: bool, s0, s1, mixture, betas, count: int, *weights):
-        dtype = s0.dtype
+        dtype = accumulate_dtype(s0.dtype)
         terms, own_betas = mixture.to(dtype).contiguous(), None if betas is None else betas.to(dtype)
         flat = plan.by_source(weights[:count])
         out, sources, extras = run_cell(plan, training, lean, maps(s0), maps(s1), terms, own_betas, flat)
@@ -268,8 +269,8 @@ class _FusedCell(torch.autograd.Function):
             sources,
             ctx.extras,
             states,
-            mixture.to(s0.dtype).contiguous(),
-            None if betas is None else betas.to(s0.dtype),
+            mixture.to(accumulate_dtype(s0.dtype)).contiguous(),
+            None if betas is None else betas.to(accumulate_dtype(s0.dtype)),
             maps(grad),
             training=ctx.training,
             needs_states=ctx.needs_input_grad[3:5],

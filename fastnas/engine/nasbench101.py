@@ -47,11 +47,13 @@ class SlicedNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         count, rate = x.shape[1], self.momentum
-        if self.training:
+        mean, variance = self.running_mean[:count], self.running_var[:count]
+        if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
             if rate is None:  # the plain mean of all batches
                 rate = 1 / float(self.num_batches_tracked)
-        mean, variance = self.running_mean[:count], self.running_var[:count]
+        elif self.training:
+            mean = variance = None
         weight, bias = (self.weight[:count], self.bias[:count]) if self.affine else (None, None)
         return F.batch_norm(x, mean, variance, weight, bias, self.training, rate or 0.0, self.eps)
 

@@ -29,17 +29,20 @@ def build_supernet(
     k: int = 1,
     stem: str = "cifar",
     executor: str = "plain",
+    storage: str = "float32",
     ghost: int = GHOST,
     auxiliary: bool = False,
 ) -> nn.Module:
     """The network that holds all choices of a space; called with images and an architecture it gives logits.
 
-    `k`: partial channels 1/K, for cells. `executor`, `auxiliary`: as `Supernet` takes them, for cells of the DARTS
-    kind. `ghost`: images of a ghost batch, for choice blocks. Raises UserError for what a space does not have.
+    `k`: partial channels 1/K, for cells. `executor`, `storage`, `auxiliary`: as `Supernet` takes them, for cells of the
+    DARTS kind. `ghost`: images of a ghost batch, for choice blocks. Raises UserError for what a space does not have.
     """
     size = {"channels": channels, "cells": cells, "classes": classes, "in_channels": in_channels}
     if isinstance(space, DartsSpace):
-        return Supernet(space, **size, k=k, stem=stem, executor=executor, auxiliary=auxiliary)
+        return Supernet(space, **size, k=k, stem=stem, executor=executor, storage=storage, auxiliary=auxiliary)
+    if storage != "float32":
+        raise UserError(f"the space {space.name} has no storage {storage}: leave out --storage")
     if auxiliary:
         raise UserError(f"the space {space.name} has no auxiliary head: leave --auxiliary-weight at 0")
     if isinstance(space, Nasbench201Space) and stem == "cifar":

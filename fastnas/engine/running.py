@@ -47,6 +47,8 @@ class RunningStatistics:
     def update(self, rows: Tensor, stats: Tensor, count: int) -> None:
         """Let rows follow the measured mean and biased variance [len(rows), 2, C] of `count` values, as BatchNorm2d
         does."""
+        if not self.norms[0].track_running_stats:
+            return
         table, tracked = self._bind()
         measured = stats.clone()
         measured[:, 1] *= count / max(1, count - 1)

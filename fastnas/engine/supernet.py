@@ -26,6 +26,7 @@ from fastnas.spaces.genotype import Genotype, Node
 
 EXECUTORS = ("plain", "fused", "lean")
 FUSED_DTYPES = (torch.float32, torch.float64)
+STORAGE = {"float32": None, "bfloat16": torch.bfloat16}  # what the fused executors keep their maps in
 
 
 class SupernetCell(nn.Module):
@@ -141,7 +142,9 @@ class Supernet(nn.Module):
     `k`: partial channels 1/K (PC-DARTS); `stem`: "cifar" or "imagenet". Its parameters are the shared weights only;
     the architecture comes with each call. `executor`: "plain" (one module call a candidate), "fused" or "lean" (both
     fused; lean keeps little more than the states of the cells between forward and backward, and computes more). Random
-    channels and half-width images run on the plain executor. `auxiliary`: add the auxiliary head of retraining.
+    channels and half-width images run on the plain executor. `storage`: dtype of all maps between the stem and the
+    classifier, forward and backward; sums, statistics and parameters stay float32. `auxiliary`: add the auxiliary head
+    of retraining.
     """
 
     def __init__(
@@ -155,6 +158,7 @@ class Supernet(nn.Module):
         k: int = 1,
         stem: str = "cifar",
         executor: str = "plain",
+        storage: str = "float32",
         auxiliary: bool = False,
     ) -> None:
         super().__init__()
@@ -166,7 +170,11 @@ class Supernet(nn.Module):
                 "change --channels or --partial"
             )
         self.space = space
-        self.executor = executor
+        if storage not in STORAGE:
+            raise UserError(f"unknown storage {storage!r}; there are {', '.join(STORAGE)}")
+        if storage != "float32" and executor == "plain":
+            raise UserError(f"the plain executor has no storage {storage}: give --executor fused or lean with it")
+        self.executor, self.storage = executor, STORAGE[storage]
         self.stem = build_stem(stem, in_channels, channels)
         c_prev_prev = c_prev = self.stem.out_channels
         previous_reduces = self.stem.reduces_at_end
@@ -221,6 +229,8 @@ class Supernet(nn.Module):
         if executor != "plain":
             x = x.contiguous(memory_format=torch.channels_last)
         s0, s1 = self.stem(x)
+        if self.storage is not None and executor != "plain":
+            s0, s1 = s0.to(self.storage), s1.to(self.storage)
         generator = None
         if isinstance(architecture, Mixture) and architecture.channel_seed is not None:
             generator = torch.Generator().manual_seed(architecture.channel_seed)
@@ -229,5 +239,6 @@ class Supernet(nn.Module):
             channels = None if generator is None else cell.random_channels(generator).to(x.device)
             s0, s1 = s1, cell(s0, s1, architecture, executor=executor, channels=channels)
             if with_auxiliary and self.auxiliary is not None and index == self.auxiliary_after:
-                auxiliary_logits = self.auxiliary(s1)
-        return self.classifier(F.adaptive_avg_pool2d(s1, 1).flatten(1)), auxiliary_logits
+                auxiliary_logits = self.auxiliary(s1 if s1.dtype != self.storage else s1.to(x.dtype))
+        last = s1 if s1.dtype != self.storage else s1.to(x.dtype)
+        return self.classifier(F.adaptive_avg_pool2d(last, 1).flatten(1)), auxiliary_logits

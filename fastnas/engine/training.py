@@ -25,7 +25,10 @@ def cosine(epoch: int, epochs: int, start: float, end: float) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):  # a recorded step reads it there
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 @contextlib.contextmanager
@@ -48,16 +51,16 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
     Sampled paths need it: the running statistics of a shared operation mix all the paths that led to it.
     """
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
-    before = [(norm, norm.training, norm.momentum) for norm in norms]
+    before = [(norm, norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:
         norm.train()
-        norm.momentum = 0.0
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm, training, momentum in before:
+        for norm, training, tracks in before:
             norm.train(training)
-            norm.momentum = momentum
+            norm.track_running_stats = tracks
 
 
 def recalibrate(module: nn.Module, run: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> None:

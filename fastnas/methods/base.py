@@ -15,7 +15,7 @@ from fastnas.engine.choice_blocks import GHOST
 from fastnas.engine.mixture import Mixture
 from fastnas.engine.networks import build_supernet
 from fastnas.engine.stems import STEMS
-from fastnas.engine.supernet import EXECUTORS, Supernet
+from fastnas.engine.supernet import EXECUTORS, STORAGE, Supernet
 from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine
 from fastnas.errors import UserError
 from fastnas.spaces import AnyGenotype, AnySpace
@@ -38,6 +38,12 @@ class WeightSettings:
         "how cells run; fused: a few kernels a cell; lean: fused, keeping as little memory as possible and computing "
         "more; plain: one PyTorch module a candidate",
         choices=EXECUTORS,
+    )
+    storage: str = option(
+        "float32",
+        "what the executors fused and lean keep their maps in, on a GPU; bfloat16: half the memory and traffic, with "
+        "sums, statistics and parameters in float32",
+        choices=tuple(STORAGE),
     )
     lr: float = option(0.025, "learning rate of the weights at the start", above=0)
     lr_min: float = option(0.001, "learning rate that the cosine schedule ends at", minimum=0)
@@ -83,6 +89,7 @@ class Problem:
             ghost=ghost,
             stem=self.weights.stem,
             executor=self.weights.executor,
+            storage=self.weights.storage,
             auxiliary=auxiliary,
         ).to(self.device)
 
@@ -155,16 +162,28 @@ def states_of(method: object, parts: Sequence[str]) -> dict[str, Any]:
 
 
 def load_states(method: object, parts: Sequence[str], state: dict[str, Any]) -> None:
-    """The reverse of `states_of`."""
+    """The reverse of `states_of`. How an optimiser updates is not taken over: it depends on the device."""
     for name in parts:
-        getattr(method, name).load_state_dict(state[name])
+        part, own = getattr(method, name), state[name]
+        if isinstance(part, torch.optim.Optimizer):
+            groups = [
+                saved | {key: group[key] for key in ("capturable", "foreach", "fused") if key in group}
+                for group, saved in zip(part.param_groups, own["param_groups"], strict=True)
+            ]
+            own = own | {"param_groups": [group | {"lr": float(group["lr"])} for group in groups]}
+        part.load_state_dict(own)
 
 
 class Method(Protocol):
-    """A search method: weights and architecture, a step that trains both, and the genotype they amount to."""
+    """A search method: weights and architecture, a step that trains both, and the genotype they amount to.
+
+    `graph_steps`: functions that `step` calls and a CUDA graph can record (`fastnas.engine.graphs`), by name; or why
+    there are none, as a line of the log says it.
+    """
 
     name: ClassVar[str]
     Settings: ClassVar[type]
+    graph_steps: tuple[str, ...] | str
 
     def __init__(self, settings: Any, problem: Problem) -> None: ...
 

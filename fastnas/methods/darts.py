@@ -75,6 +75,8 @@ class Darts:
         weights = problem.weights
         if settings.random_channels and isinstance(problem.space, Nasbench201Space):
             raise UserError("random-channels is for cells of the DARTS kind: drop it on NAS-Bench-201")
+        if settings.random_channels and weights.storage != "float32":
+            raise UserError("random channels run on the plain executor, which has no storage: drop --storage")
         self.settings, self.weights, self.problem = settings, weights, problem
         self.supernet = problem.supernet(k=settings.partial)
         self.alphas = Alphas(
@@ -93,11 +95,22 @@ class Darts:
         self.searching = False
         self.index = 0
 
+    @property
+    def graph_steps(self) -> tuple[str, ...] | str:
+        """See `fastnas.methods.Method`."""
+        if self.settings.random_channels:
+            return "random channels are drawn by the host at each pass"
+        return "weight_step", "architecture_step"
+
+    @property
+    def rate(self) -> float | Tensor:
+        """Learning rate of the weights; a tensor where the steps are recorded."""
+        return self.weight_optimizer.param_groups[0]["lr"]
+
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
         self.epoch = epoch
-        self.rate = weight_rate(self.weights, epoch)
-        set_learning_rate(self.weight_optimizer, self.rate)
+        set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
         self.searching = epoch >= self.settings.warmup_epochs
 
     def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
@@ -144,7 +157,10 @@ class Darts:
         loss = F.cross_entropy(self.supernet(train[0], self.mixture(ARCHITECTURE).detach()), train[1])
         direction = self._sgd_direction(distributed.average(torch.autograd.grad(loss, parameters, allow_unused=True)))
         with torch.no_grad():
-            torch._foreach_add_(parameters, direction, alpha=-self.rate)
+            if isinstance(self.rate, Tensor):
+                torch._foreach_sub_(parameters, torch._foreach_mul(direction, self.rate))
+            else:
+                torch._foreach_add_(parameters, direction, alpha=-self.rate)
 
         buffers = [buffer.clone() for buffer in self.supernet.buffers()]
         alphas = list(self.alphas.parameters())

@@ -49,6 +49,7 @@ class OneShot:
 
     name: ClassVar[str] = "one_shot"
     Settings: ClassVar[type] = OneShotSettings
+    graph_steps: ClassVar[str] = "other paths are dropped at every step"
 
     def __init__(self, settings: OneShotSettings, problem: Problem) -> None:
         weights = problem.weights

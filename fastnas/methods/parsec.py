@@ -176,6 +176,7 @@ class Parsec:
 
     name: ClassVar[str] = "parsec"
     Settings: ClassVar[type] = ParsecSettings
+    graph_steps: ClassVar[str] = "other children are trained at every step"
 
     def __init__(self, settings: ParsecSettings, problem: Problem) -> None:
         weights = problem.weights

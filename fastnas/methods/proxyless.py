@@ -70,6 +70,7 @@ class Proxyless:
 
     name: ClassVar[str] = "proxyless"
     Settings: ClassVar[type] = ProxylessSettings
+    graph_steps: ClassVar[str] = "another path is trained at every step"
 
     def __init__(self, settings: Any, problem: Problem) -> None:
         self.settings, self.weights, self.problem = settings, problem.weights, problem

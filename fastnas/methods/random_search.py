@@ -33,6 +33,7 @@ class RandomSearch:
 
     name: ClassVar[str] = "random"
     Settings: ClassVar[type] = RandomSettings
+    graph_steps: ClassVar[str] = "every child is a network of its own"
 
     def __init__(self, settings: RandomSettings, problem: Problem) -> None:
         if settings.samples > problem.weights.epochs:

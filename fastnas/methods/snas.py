@@ -19,7 +19,7 @@ in Z (eq. 10). The network that is left at the end has the most probable candida
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -78,6 +78,7 @@ class Snas:
 
     name: ClassVar[str] = "snas"
     Settings: ClassVar[type] = SnasSettings
+    graph_steps: ClassVar[tuple[str, ...]] = ("joint_step",)
 
     def __init__(self, settings: SnasSettings, problem: Problem) -> None:
         weights, space = problem.weights, problem.space
@@ -102,13 +103,18 @@ class Snas:
         start, end = self.settings.temperature, self.settings.temperature_end
         self.temperature = start + (end - start) * epoch / max(1, self.weights.epochs - 1)
 
+    def seeds(self, *stream: int) -> tuple[int, int]:
+        """Of the noise of both cell types."""
+        return self.problem.seed_of(*stream, 0), self.problem.seed_of(*stream, 1)
+
     def sample(self, *stream: int) -> Mixture:
         """Z of equation 5 for both cell types; one sample is shared by all cells of a type and all images."""
-        normal, reduce = self.log_alphas.alpha_normal, self.log_alphas.alpha_reduce
-        return Mixture(
-            gumbel_softmax(normal, self.temperature, seed=self.problem.seed_of(*stream, 0)),
-            gumbel_softmax(reduce, self.temperature, seed=self.problem.seed_of(*stream, 1)),
-        )
+        return self._relax(self.seeds(*stream), self.temperature)
+
+    def _relax(self, seeds: Sequence[int | Tensor], temperature: float | Tensor) -> Mixture:
+        alphas = self.log_alphas.alpha_normal, self.log_alphas.alpha_reduce
+        samples = (gumbel_softmax(alpha, temperature, seed=seed) for alpha, seed in zip(alphas, seeds, strict=True))
+        return Mixture(*samples)
 
     def cost(self, z: Mixture) -> Tensor:
         """C(Z) of equation 10; 1 for a Z that is uniform over the candidates."""
@@ -117,8 +123,12 @@ class Snas:
 
     def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
         """One sample, one pass, one update of theta and of alpha from the same loss."""
+        return self.joint_step(train, self.seeds(STEP, index), self.temperature)
+
+    def joint_step(self, train: Batch, seeds: Sequence[int | Tensor], temperature: float | Tensor) -> dict[str, Tensor]:
+        """`step` for a sample of these seeds; numbers, or 0-dim tensors on the device."""
         x, y = train
-        z = self.sample(STEP, index)
+        z = self._relax(seeds, temperature)
         logits = self.supernet(x, z)
         loss, cost = F.cross_entropy(logits, y), self.cost(z)
         alphas = list(self.log_alphas.parameters())

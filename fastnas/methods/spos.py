@@ -41,6 +41,7 @@ class Spos:
 
     name: ClassVar[str] = "spos"
     Settings: ClassVar[type] = SposSettings
+    graph_steps: ClassVar[str] = "another path is trained at every step"
 
     def __init__(self, settings: SposSettings, problem: Problem) -> None:
         self.settings, self.weights, self.problem = settings, problem.weights, problem

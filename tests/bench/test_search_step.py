@@ -86,6 +86,13 @@ def test_unknown_rows_are_named() -> None:
         Row("fast", TINY, CPU)
 
 
+def test_rows_for_gpus_are_refused_elsewhere() -> None:
+    with pytest.raises(UserError, match="fused_half is for GPUs: leave the row out"):
+        Row("fused_half", TINY, CPU)
+    with pytest.raises(UserError, match="fused_graph is a search step on a GPU: give --step search there"):
+        Row("fused_graph", TINY, CPU)
+
+
 def test_compiled_cells_come_with_their_compile_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastnas import backend
 from fastnas.engine.mixture import Alphas
 from fastnas.engine.supernet import Supernet
+from fastnas.engine.training import batch_statistics
 from fastnas.errors import UserError
 from fastnas.nn import register_candidate
 from fastnas.nn.candidates import _REGISTRY
@@ -228,3 +229,24 @@ def test_the_backend_that_was_asked_for_serves_the_stages():
             results.append(supernet(x, alphas()))
         assert ("fastnas::conv_stage_fwd" in calls.names) == expected
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("executor", FUSED)
+def test_batch_statistics_in_evaluation_are_those_of_the_plain_executor_and_leave_no_trace(executor):
+    """As sampled paths are scored: running statistics mix all the paths."""
+    supernet, alphas = build()
+    run(supernet, alphas, executor, *batch())
+    supernet.eval()
+    before = [buffer.clone() for buffer in supernet.buffers()]
+    path = supernet.space.random_genotype(random.Random(1))
+    outputs = []
+    for kind in ("plain", executor):
+        supernet.executor = kind
+        with batch_statistics(supernet), torch.no_grad():
+            outputs.append([supernet(batch()[0], architecture) for architecture in (path, alphas())])
+    for fused, plain in zip(outputs[1], outputs[0], strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-12)
+    assert all(torch.equal(a, b) for a, b in zip(before, supernet.buffers(), strict=True))
+    supernet.executor = executor
+    with torch.no_grad():
+        assert not torch.allclose(supernet(batch()[0], path), outputs[0][0])  # running statistics again

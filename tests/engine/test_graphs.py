@@ -1,12 +1,13 @@
-"""Steps as CUDA graphs: a CPU can show that the step runs all the same, once a call, and that the log says why."""
+"""Steps as CUDA graphs: a CPU can show that the step runs all the same, once a call, and that a line says why."""
 
-import logging
+import contextlib
 
 import pytest
 import torch
 
 from fastnas.engine import graphs
-from fastnas.engine.graphs import WARM_UP, CapturedStep
+from fastnas.engine.graphs import WARM_UP, CapturedStep, keep_on_device
+from fastnas.engine.training import set_learning_rate
 
 
 @pytest.fixture
@@ -28,58 +29,45 @@ def trainer(network, optimizer):
     return step
 
 
-class Replay:
-    """Stands for a recorded graph: runs the step on the kept inputs."""
-
-    def __init__(self, step, inputs, figures):
-        self.step, self.inputs, self.figures = step, inputs, figures
-
-    def replay(self):
-        self.figures.update(self.step(*self.inputs))
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Everything but the recording itself."""
-
-    def record(step, inputs):
-        figures = {}
-        return Replay(step, inputs, figures), figures
-
-    monkeypatch.setattr(graphs, "_unsupported", lambda inputs: None)
-    monkeypatch.setattr(graphs, "_on_a_side_stream", lambda step, inputs: step(*inputs))
-    monkeypatch.setattr(graphs, "_record", record)
-
-
-def test_on_the_cpu_the_step_runs_as_it_is_and_the_log_says_why_once(network, caplog):
-    step = CapturedStep("weight step", trainer(network, torch.optim.SGD(network.parameters(), 0.1)))
-    with caplog.at_level(logging.INFO):
-        losses = [float(step(torch.ones(4, 3))["loss"]) for _ in range(WARM_UP + 3)]
-    assert losses == sorted(losses, reverse=True)
-    assert not step.captured
-    assert [record.getMessage() for record in caplog.records] == [
-        "weight step: no CUDA graph, the inputs are on cpu",
-    ]
-
-
-def test_a_recording_that_fails_falls_back_and_loses_no_step(network, caplog, as_on_a_gpu, monkeypatch):
-    def fail(step, inputs):
+def test_a_recording_that_fails_falls_back_loses_no_step_and_says_why_once(as_on_a_gpu, monkeypatch):
+    def fail(step, inputs, pool):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(graphs, "_record", fail)
-    calls = []
-    step = CapturedStep("architecture step", lambda x: calls.append(x) or {"x": x})
-    with caplog.at_level(logging.INFO):
-        results = [step(torch.full((1,), float(i))) for i in range(WARM_UP + 2)]
-    assert [float(result["x"]) for result in results] == list(range(WARM_UP + 2))
-    assert len(calls) == WARM_UP + 2
-    assert [record.getMessage() for record in caplog.records] == [
-        "architecture step: no CUDA graph, recording failed: operation not permitted when stream is capturing",
+    calls, said = [], []
+    step = CapturedStep("architecture step", lambda x: calls.append(x) or {"x": x.clone()}, say=said.append)
+    results = [step(torch.full((1,), float(i))) for i in range(WARM_UP + 3)]
+    assert [float(result["x"]) for result in results] == list(range(WARM_UP + 3))
+    assert len(calls) == WARM_UP + 3
+    assert said == [
+        "architecture step: no CUDA graph, recording failed: operation not permitted when stream is capturing"
     ]
 
 
+def test_the_reason_is_what_the_step_did_not_that_the_recording_could_not_be_ended(monkeypatch):
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        try:
+            yield
+        except ValueError as error:
+            raise RuntimeError("the recording could not be ended") from error
+
+    for name in ("CUDAGraph", "current_stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+    def wrong(x):
+        raise ValueError("reads a value")
+
+    with pytest.raises(ValueError, match="reads a value"):
+        graphs._record(wrong, (torch.ones(1),), None)
+
+
 def test_replays_read_new_inputs_and_other_shapes_run_as_they_are(as_on_a_gpu):
-    step = CapturedStep("step", lambda x: {"sum": x.sum()})
+    said = []
+    step = CapturedStep("step", lambda x: {"sum": x.sum()}, say=said.append)
     sizes = [2] * (WARM_UP + 2) + [1, 2]
     for number, size in enumerate(sizes):
         assert float(step(torch.full((size,), float(number)))["sum"]) == size * number
@@ -88,17 +76,60 @@ def test_replays_read_new_inputs_and_other_shapes_run_as_they_are(as_on_a_gpu):
     assert not step.captured
     assert float(step(torch.ones(5))["sum"]) == 5  # recorded anew, for the shape of now
     assert step.captured
+    assert len(as_on_a_gpu.steps) == 2
+    assert said == ["step: runs as a CUDA graph"] * 2
+
+
+def test_numbers_and_nested_inputs_reach_replays_as_tensors(as_on_a_gpu):
+    seen = []
+
+    def run(batch, seed, scale):
+        seen.append((seed, scale))
+        return batch[0] * scale + seed
+
+    step = CapturedStep("step", run)
+    for number in range(WARM_UP + 2):
+        x = torch.full((2,), float(number))
+        seed = 2**62 + number
+        assert torch.equal(step((x, x), seed, 0.5), x * 0.5 + seed)
+    assert all(seed.dtype == torch.int64 and scale.dtype == torch.float64 for seed, scale in seen)
+    assert len({(id(seed), id(scale)) for seed, scale in seen}) == 1  # the same tensors every time
+    assert int(seen[0][0]) == seed
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_an_optimiser_on_the_device_updates_as_before_at_a_rate_that_is_set_later(network, make):
+    networks = [network, torch.nn.Linear(3, 1)]
+    networks[1].load_state_dict(network.state_dict())
+    options = {"momentum": 0.9} if make is torch.optim.SGD else {"betas": (0.5, 0.999)}
+    optimizers = [make(net.parameters(), 0.1, weight_decay=0.1, foreach=True, **options) for net in networks]
+    steps = [trainer(*pair) for pair in zip(networks, optimizers, strict=True)]
+    for number in range(4):
+        if number == 1:
+            keep_on_device(optimizers[1])
+        for optimizer, step in zip(optimizers, steps, strict=True):
+            set_learning_rate(optimizer, 0.1 / (number + 1))
+            step(torch.ones(4, 3))
+    assert isinstance(optimizers[1].param_groups[0]["lr"], torch.Tensor)
+    for ours, theirs in zip(networks[1].parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.gpu
-def test_a_recorded_step_trains_as_the_step_itself(network):
-    xs = [torch.randn(4, 3, device="cuda") for _ in range(WARM_UP + 4)]
+def test_a_recorded_step_trains_as_the_step_itself():
+    xs = [torch.randn(4, 3, device="cuda") for _ in range(WARM_UP + 6)]
     results = []
     for captured in (False, True):
         torch.manual_seed(0)
         net = torch.nn.Linear(3, 1).cuda()
-        step = trainer(net, torch.optim.SGD(net.parameters(), 0.1, 0.9))
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+        keep_on_device(optimizer)
+        step = trainer(net, optimizer)
         step = CapturedStep("step", step) if captured else step
-        results.append([float(step(x)["loss"]) for x in xs])
+        losses = []
+        for number, x in enumerate(xs):
+            set_learning_rate(optimizer, 0.1 / (number + 1))
+            losses.append(float(step(x)["loss"]))
+        results.append(losses)
         assert not captured or step.captured
     assert results[1] == pytest.approx(results[0], rel=1e-5)

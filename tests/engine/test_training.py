@@ -32,8 +32,9 @@ def test_batch_statistics_normalises_by_the_batch_and_updates_nothing():
         out = norm(x)
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(3), atol=1e-6, rtol=0)
     assert norm.running_mean.tolist() == [5, 5, 5]
+    assert norm.num_batches_tracked == 0
     assert not norm.training
-    assert norm.momentum == 0.1
+    assert norm.track_running_stats
 
 
 def test_evaluate_weighs_batches_by_their_size():

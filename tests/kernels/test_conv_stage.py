@@ -10,6 +10,7 @@ from torch import Tensor
 import fastnas
 from fastnas.engine.mixture import Alphas
 from fastnas.engine.supernet import Supernet
+from fastnas.ops._library import accumulate_dtype
 from fastnas.ops.stages import conv_stage
 from fastnas.spaces import DartsSpace
 
@@ -18,15 +19,16 @@ CASES = [(1, (1, 1, 1)), (3, (2, 5, 7)), (20, (1, 6, 5))]
 
 
 class Draw:
-    """Random tensors of one dtype on one device."""
+    """Random tensors on one device: maps of one dtype, and of that of its sums what is no map."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.like = {"dtype": dtype, "device": device}
+        self.dtype = dtype
+        self.like = {"dtype": accumulate_dtype(dtype), "device": device}
 
     def map(self, *shape: int, gap: int = 3) -> Tensor:
         """Pixels with other channels between them."""
-        return torch.randn(*shape[:-1], shape[-1] + gap, **self.like)[..., gap:]
+        return torch.randn(*shape[:-1], shape[-1] + gap, **self.like).to(self.dtype)[..., gap:]
 
     def weights(self, branches, channels: int) -> tuple[list[Tensor], list[Tensor]]:
         depthwise = [torch.randn(channels, 1, side, side, **self.like) / side for side, _ in branches]
@@ -64,7 +66,7 @@ def double(value):
     return value.double() if isinstance(value, Tensor) else value
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("make", [first_stage, second_stage, preprocess])
 @pytest.mark.parametrize(("channels", "size"), CASES, ids=str)
@@ -83,7 +85,9 @@ def test_output_statistics_and_every_gradient(device, near, make, channels, size
     given = (gs, list(z), coef, *given, base)
     ours = conv_stage.conv_stage_bwd(*given, True, True)
     for value, want in zip(ours, conv_stage._bwd_reference(*map(double, given), True, True), strict=True):
-        near(value, want)
+        assert value.dtype == (dtype if value is ours[0] else accumulate_dtype(dtype))
+        # The gradient between the two convolutions is stored too.
+        near(value, want, torch.finfo(dtype).eps if dtype == torch.bfloat16 else None)
 
 
 def test_what_is_not_asked_for_has_no_elements(device: torch.device) -> None:
@@ -111,6 +115,25 @@ def test_empty_batch(device: torch.device, make) -> None:
     dx, _, dw = conv_stage.conv_stage_bwd(*given, True, True)
     assert dx.shape == (len(given[3]), *given[3][0].shape)
     assert not dw.any()
+
+
+def test_a_search_step_with_maps_in_bfloat16_is_near_the_plain_one_in_float64(device: torch.device) -> None:
+    """Statistics, sums and all gradients of parameters are float32; tolerances as in tests/engine/test_storage.py."""
+    torch.manual_seed(0)
+    space = DartsSpace(nodes=1, candidates=("none", "skip_connect", "max_pool_3x3", "sep_conv_3x3", "dil_conv_3x3"))
+    supernet = Supernet(space, channels=4, cells=3, classes=5, k=2, executor="fused", storage="bfloat16")
+    alphas = Alphas(space, edge_normalisation=True)
+    x, y = torch.randn(4, 3, 8, 6), torch.tensor([1, 3, 0, 2])
+    results = []
+    for kind, where, dtype, backend in (("plain", "cpu", torch.double, "reference"), ("fused", device, None, "triton")):
+        net, arch = (copy.deepcopy(module).to(where, dtype) for module in (supernet, alphas))
+        net.executor = kind
+        with fastnas.backend(backend):
+            loss = F.cross_entropy(net(x.to(where, dtype), arch()), y.to(where))
+            gradients = torch.autograd.grad(loss, [*net.parameters(), *arch.parameters()])
+        assert {gradient.dtype for gradient in gradients} == {dtype or torch.float32}
+        results.append(torch.cat([gradient.double().cpu().flatten() for gradient in gradients]))
+    assert float((results[1] - results[0]).norm() / results[0].norm()) < 32 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize(("nodes", "k", "executor"), [(2, 1, "fused"), (1, 2, "lean")])

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnas.ops._library import accumulate_dtype
 from fastnas.ops.stages import node_sum
 
 SHAPES = [(1, 1, 1, 1), (3, 5, 7, 3), (2, 17, 33, 16)]
-DTYPES = [torch.float32, torch.float64]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
 @pytest.fixture(params=[0, 3], ids=["dense", "spaced"])
@@ -28,7 +29,7 @@ def draw(request: pytest.FixtureRequest, device: torch.device):
 def test_the_sum_and_its_dots(draw, near, shape: tuple[int, ...], count: int, dtype: torch.dtype) -> None:
     terms = [draw(*shape, dtype=dtype) for _ in range(count)]
     terms[0] = terms[0].contiguous()  # terms need not share a pitch
-    coef = torch.randn(count, 2, shape[-1], dtype=dtype, device=terms[0].device)
+    coef = torch.randn(count, 2, shape[-1], dtype=accumulate_dtype(dtype), device=terms[0].device)
     for accumulate in (False, True):
         out = draw(*shape, dtype=dtype)
         expected = out.double()

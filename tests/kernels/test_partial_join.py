@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnas.ops._library import accumulate_dtype
 from fastnas.ops.stages import partial_join
 
 CASES = [((1, 1, 1, 4), 4), ((3, 5, 7, 6), 2), ((2, 9, 16, 12), 3), ((2, 17, 18, 16), 4)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("shape", "k"), CASES, ids=str)
 def test_join_and_both_gradients(device, near, shape: tuple[int, ...], k: int, stride: int, dtype: torch.dtype) -> None:
@@ -21,7 +22,7 @@ def test_join_and_both_gradients(device, near, shape: tuple[int, ...], k: int, s
 
     size = (batch, -(-height // stride), -(-width // stride))
     xs, mixed = [draw(*shape, gap=3), draw(*size, channels)], draw(*size, channels // k, gap=1)
-    strides, betas, out = [stride, 1], draw(2), draw(*size, channels, gap=5)
+    strides, betas, out = [stride, 1], draw(2).to(accumulate_dtype(dtype)), draw(*size, channels, gap=5)
     expected, doubles = out.double(), [x.double() for x in xs]
     partial_join.partial_join(out, mixed, xs, strides, betas, k)
     partial_join._join_reference(expected, mixed.double(), doubles, strides, betas.double(), k)

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastnas.ops._library import accumulate_dtype
 from fastnas.ops.stages import pool_stage
 
 SHAPES = [(1, 1, 1, 1), (3, 5, 7, 3), (2, 17, 18, 16)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_pools_statistics_and_gradient(device, near, shape: tuple[int, ...], stride: int, dtype: torch.dtype) -> None:
@@ -24,7 +25,7 @@ def test_pools_statistics_and_gradient(device, near, shape: tuple[int, ...], str
     assert none.numel() == 0
     out = (batch, -(-height // stride), -(-width // stride))
     gs = [torch.randn(*out, channels + gap, dtype=dtype, device=device)[..., gap:] for gap in (0, 5, 0)]
-    scales, coef = (torch.randn(n, 3, channels, dtype=dtype, device=device) for n in (3, 2))
+    scales, coef = (torch.randn(n, 3, channels, dtype=accumulate_dtype(dtype), device=device) for n in (3, 2))
     for base in (None, torch.randn(batch, height, width, 2 * channels, dtype=dtype, device=device)[..., channels:]):
         exact = (x.double(), [g.double() for g in gs], scales.double(), coef.double(), stride)
         expected = pool_stage._bwd_reference(*exact, None if base is None else base.double())

@@ -29,8 +29,9 @@ def _outputs(parts: Sequence[int], pointwise: Sequence[Tensor]) -> tuple[int, in
     return count, max(part[2] + weight.shape[0] for part, weight in zip(described, pointwise, strict=True))
 
 
-def _activated(x: Tensor, norms: Tensor | None, source: int) -> Tensor:
+def _activated(x: Tensor, norms: Tensor | None, source: int, dtype: torch.dtype) -> Tensor:
     """relu(x), or relu of the normalised x; as [B, C, H, W]."""
+    x = x.to(dtype)
     if norms is not None:
         x = (x - norms[source, 0]) * norms[source, 1]
     return F.relu(x).permute(0, 3, 1, 2)
@@ -56,14 +57,15 @@ def _fwd_reference(
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     count, channels = _outputs(parts, pointwise)
-    z = xs[0].new_empty(count, xs[0].shape[0], *_out_size(xs[0], stride), channels)
+    z = pointwise[0].new_empty(count, xs[0].shape[0], *_out_size(xs[0], stride), channels)
     for (source, output, first, dilation, shift), dw, pw in zip(_parts(parts), depthwise, pointwise, strict=True):
-        value = _convolve(_activated(xs[source], norms, source), dw, pw, dilation, shift, stride)
+        value = _convolve(_activated(xs[source], norms, source, z.dtype), dw, pw, dilation, shift, stride)
         z[output, ..., first : first + pw.shape[0]] = value
+    stored = z.to(xs[0].dtype)
     if not statistics:
-        return z, z.new_empty(0)
+        return stored, z.new_empty(0)
     variance, mean = torch.var_mean(z, dim=(1, 2, 3), correction=0)
-    return z, torch.stack([mean, variance], dim=1)
+    return stored, torch.stack([mean, variance], dim=1)
 
 
 def _fwd_fake(
@@ -77,7 +79,7 @@ def _fwd_fake(
 ) -> tuple[Tensor, Tensor]:
     count, channels = _outputs(parts, pointwise)
     z = xs[0].new_empty(count, xs[0].shape[0], *_out_size(xs[0], stride), channels)
-    return z, z.new_empty((count, 2, channels) if statistics else 0)
+    return z, pointwise[0].new_empty((count, 2, channels) if statistics else 0)
 
 
 def _bwd_reference(
@@ -94,23 +96,22 @@ def _bwd_reference(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    described = _parts(parts)
+    described, dtype = _parts(parts), pointwise[0].dtype
     dz = [c[0] * g + c[1] * (z - c[3]) + c[2] for g, z, c in zip(gs, zs, coef, strict=True)]
     with torch.enable_grad():
         if norms is None:
-            inputs = [x.detach().requires_grad_() for x in xs]
+            inputs = [x.to(dtype).detach().requires_grad_() for x in xs]
         else:
             inputs = [((x - norm[0]) * norm[1]).detach().requires_grad_() for x, norm in zip(xs, norms, strict=True)]
         depthwise = [weight.detach().requires_grad_() for weight in depthwise]
         pointwise = [weight.detach().requires_grad_() for weight in pointwise]
-        total = xs[0].new_zeros(())
+        total = coef.new_zeros(())
         for (source, output, first, dilation, shift), dw, pw in zip(described, depthwise, pointwise, strict=True):
-            value = _convolve(_activated(inputs[source], None, source), dw, pw, dilation, shift, stride)
+            value = _convolve(_activated(inputs[source], None, source, dtype), dw, pw, dilation, shift, stride)
             total = total + (value * dz[output][..., first : first + pw.shape[0]]).sum()
         weights = [weight for pair in zip(depthwise, pointwise, strict=True) for weight in pair if weight.numel()]
         gradients = torch.autograd.grad(total, [*inputs, *weights])
-    none = xs[0].new_empty(0)
-    dx, dots, dw = none, none, none
+    dx, dots, dw = xs[0].new_empty(0), coef.new_empty(0), coef.new_empty(0)
     if need_dx:
         dx = torch.stack([gradient.contiguous() for gradient in gradients[: len(xs)]])
         if norms is not None:
@@ -118,6 +119,7 @@ def _bwd_reference(
             dots = torch.stack([dx.sum((1, 2, 3)), (dx * centred).sum((1, 2, 3))], dim=1)
         if base is not None:
             dx += base
+        dx = dx.to(xs[0].dtype)
     if need_dw:
         dw = torch.cat([gradient.flatten() for gradient in gradients[len(xs) :]])
     return dx, dots, dw
@@ -140,8 +142,8 @@ def _bwd_fake(
     count = sum(weight.numel() for weight in (*depthwise, *pointwise))
     return (
         xs[0].new_empty((len(xs), *xs[0].shape) if need_dx else 0),
-        xs[0].new_empty((len(xs), 2, xs[0].shape[-1]) if need_dx and norms is not None else 0),
-        xs[0].new_empty(count if need_dw else 0),
+        coef.new_empty((len(xs), 2, xs[0].shape[-1]) if need_dx and norms is not None else 0),
+        coef.new_empty(count if need_dw else 0),
     )
 
 

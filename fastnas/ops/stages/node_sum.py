@@ -19,7 +19,7 @@ def _sum_reference(out: Tensor, terms: list[Tensor], coef: Tensor, accumulate: b
 
 def _dots_reference(gs: list[Tensor], terms: list[Tensor], means: Tensor) -> Tensor:
     pairs = [
-        torch.stack([g.sum((0, 1, 2)), (g * (term - mean)).sum((0, 1, 2))])
+        torch.stack([g.to(mean.dtype).sum((0, 1, 2)), (g * (term - mean)).sum((0, 1, 2))])
         for g, term, mean in zip(gs, terms, means, strict=True)
     ]
     return torch.stack(pairs)

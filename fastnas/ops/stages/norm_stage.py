@@ -91,7 +91,7 @@ def _fwd_fake(
     batch, height, width, _ = x.shape
     channels = max(first + made for first, made in zip(parts[2::PART], shapes[1::2], strict=True))
     y = x.new_empty(batch, -(-height // stride), -(-width // stride), channels)
-    return y, x.new_empty(1, 2, channels), x.new_empty((1, 2, channels) if given is None else 0)
+    return y, weights.new_empty(1, 2, channels), weights.new_empty((1, 2, channels) if given is None else 0)
 
 
 def _bwd_fake(
@@ -107,7 +107,7 @@ def _bwd_fake(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need_dx else 0), x.new_empty(weights.shape if need_dw else 0)
+    return x.new_empty(x.shape if need_dx else 0), weights.new_empty(weights.shape if need_dw else 0)
 
 
 _norm_stage_fwd = define(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnas import _backends
-from fastnas.ops._library import define
+from fastnas.ops._library import accumulate_dtype, define
 
 
 def _pooled(x: Tensor, stride: int) -> Tensor:
@@ -28,16 +28,18 @@ def _unshuffle(x: Tensor, k: int) -> Tensor:
 
 def _join_reference(out: Tensor, mixed: Tensor, xs: list[Tensor], strides: list[int], betas: Tensor, k: int) -> None:
     selected = mixed.shape[-1]
-    bypass = sum(beta * _pooled(x[..., selected:], stride) for beta, x, stride in zip(betas, xs, strides, strict=True))
-    out.copy_(_shuffle(torch.cat([mixed, bypass], dim=-1), k))
+    dtype = betas.dtype
+    bypass = sum(
+        beta * _pooled(x[..., selected:].to(dtype), stride) for beta, x, stride in zip(betas, xs, strides, strict=True)
+    )
+    out.copy_(_shuffle(torch.cat([mixed.to(dtype), bypass], dim=-1), k))
 
 
 def _bwd_reference(g: Tensor, xs: list[Tensor], strides: list[int], k: int) -> tuple[Tensor, Tensor]:
     g = _unshuffle(g, k)
-    selected = g.shape[-1] // k
-    dots = [
-        (g[..., selected:] * _pooled(x[..., selected:], stride)).sum() for x, stride in zip(xs, strides, strict=True)
-    ]
+    selected, dtype = g.shape[-1] // k, accumulate_dtype(g.dtype)
+    bypassed = g[..., selected:].to(dtype)
+    dots = [(bypassed * _pooled(x[..., selected:], stride)).sum() for x, stride in zip(xs, strides, strict=True)]
     return g[..., :selected].contiguous(), torch.stack(dots)
 
 
@@ -45,12 +47,12 @@ def _dx_reference(
     x: Tensor, gs: list[Tensor], betas: Tensor, stride: int, k: int, mixed: Tensor, base: Tensor | None
 ) -> Tensor:
     selected = x.shape[-1] // k
-    total = sum(beta * _unshuffle(g, k)[..., selected:] for beta, g in zip(betas, gs, strict=True))
+    total = sum(beta * _unshuffle(g.to(betas.dtype), k)[..., selected:] for beta, g in zip(betas, gs, strict=True))
     with torch.enable_grad():
-        leaf = x[..., selected:].detach().requires_grad_()
+        leaf = x[..., selected:].detach().to(betas.dtype).requires_grad_()
         (bypass,) = torch.autograd.grad(_pooled(leaf, stride), leaf, total)
-    dx = torch.cat([mixed, bypass], dim=-1)
-    return dx if base is None else dx + base
+    dx = torch.cat([mixed.to(betas.dtype), bypass], dim=-1)
+    return (dx if base is None else dx + base).to(x.dtype)
 
 
 _partial_join = define(
@@ -68,7 +70,10 @@ out: map ``[B, H, W, C]``; mixed: ``[B, H, W, C/K]``; xs: maps ``[B, H strides[n
 _partial_join_bwd = define(
     "partial_join_bwd(Tensor g, Tensor[] xs, int[] strides, int k) -> (Tensor, Tensor)",
     reference=_bwd_reference,
-    fake=lambda g, xs, strides, k: (g.new_empty(*g.shape[:3], g.shape[3] // k), g.new_empty(len(xs))),
+    fake=lambda g, xs, strides, k: (
+        g.new_empty(*g.shape[:3], g.shape[3] // k),
+        g.new_empty(len(xs), dtype=accumulate_dtype(g.dtype)),
+    ),
 )
 partial_join_bwd = _backends.served("partial_join", _partial_join_bwd, _bwd_reference)
 """Gradients of a node's mixed channels, ``[B, H, W, C/K]``, and of its betas, ``[N]``, from the node's own g."""

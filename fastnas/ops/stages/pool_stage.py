@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnas import _backends
-from fastnas.ops._library import define
+from fastnas.ops._library import accumulate_dtype, define
 
 
 def _pools(x: Tensor, stride: int) -> list[Tensor]:
@@ -20,24 +20,25 @@ def _pools(x: Tensor, stride: int) -> list[Tensor]:
 
 
 def _fwd_reference(x: Tensor, stride: int, statistics: bool) -> tuple[Tensor, Tensor]:
-    pooled = torch.stack([pool.contiguous() for pool in _pools(x, stride)])
+    pooled = torch.stack([pool.contiguous() for pool in _pools(x.to(accumulate_dtype(x.dtype)), stride)])
+    stored = pooled.to(x.dtype)
     if not statistics:
-        return pooled, pooled.new_empty(0)
+        return stored, pooled.new_empty(0)
     variance, mean = torch.var_mean(pooled, dim=(1, 2, 3), correction=0)
-    return pooled, torch.stack([mean, variance], dim=1)
+    return stored, torch.stack([mean, variance], dim=1)
 
 
 def _fwd_fake(x: Tensor, stride: int, statistics: bool) -> tuple[Tensor, Tensor]:
     batch, height, width, channels = x.shape
     pooled = x.new_empty(2, batch, -(-height // stride), -(-width // stride), channels)
-    return pooled, x.new_empty((2, 2, channels) if statistics else 0)
+    return pooled, x.new_empty((2, 2, channels) if statistics else 0, dtype=accumulate_dtype(x.dtype))
 
 
 def _bwd_reference(
     x: Tensor, gs: list[Tensor], scales: Tensor, coef: Tensor, stride: int, base: Tensor | None
 ) -> Tensor:
     with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
+        leaf = x.detach().to(coef.dtype).requires_grad_()
         pooled = _pools(leaf, stride)
         given = []
         for which, pool in enumerate(pooled):
@@ -46,7 +47,7 @@ def _bwd_reference(
         (dx,) = torch.autograd.grad(pooled, leaf, given)
     if stride == 1:
         dx = dx + sum(scale[2] * g for scale, g in zip(scales, gs, strict=True))
-    return (dx if base is None else base + dx).contiguous()
+    return (dx if base is None else base + dx).to(x.dtype).contiguous()
 
 
 _pool_stage_fwd = define(

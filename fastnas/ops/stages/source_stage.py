@@ -45,8 +45,8 @@ def _fwd_fake(
     known, channels = Layout.unpack(layout), x.shape[-1]
     first, second = (stage.outputs if keep else 0 for stage in (known.first, known.second))
     return (
-        x.new_empty(known.rows, 2, channels),
-        x.new_empty((known.rows - 1, 2, channels) if given is None else 0),
+        mixture.new_empty(known.rows, 2, channels),
+        mixture.new_empty((known.rows - 1, 2, channels) if given is None else 0),
         _maps_of(x, known.stride, first),
         _maps_of(x, known.stride, second),
     )
@@ -68,8 +68,8 @@ def _bwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape if need_dx else 0),
-        x.new_empty(len(Layout.unpack(layout).terms)),
-        x.new_empty(len(weights) if need_dw else 0),
+        norms.new_empty(len(Layout.unpack(layout).terms)),
+        weights.new_empty(len(weights) if need_dw else 0),
     )
 
 

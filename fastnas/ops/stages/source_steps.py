@@ -56,9 +56,9 @@ class _Source:
             self.second, stats = self.convolve_second(with_deviation(before, eps), statistics)
             if statistics:
                 measured.append(stats)
-        bare = x.new_zeros(1, 2, x.shape[-1])  # no copy from the host, which a CUDA graph could not record
+        bare = self.mixture.new_zeros(1, 2, x.shape[-1])  # no copy from the host, which a CUDA graph could not record
         bare[:, 1] = 1.0
-        stats = torch.cat(measured) if measured else x.new_empty(0, 2, x.shape[-1])
+        stats = torch.cat(measured) if measured else bare[:0]
         return torch.cat([bare, with_deviation(stats, eps)]), stats
 
     def convolve_first(self, statistics: bool) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ class _Source:
         if not layout.of_stage("pool"):
             for number in layout.of_stage("state"):
                 through = gs[layout.terms[number].node] * coef[number, 0]
-                base = through if base is None else base + through
+                base = (through if base is None else base + through).to(self.x.dtype)
             return base
         scales = coef.new_zeros(layout.nodes, 3, coef.shape[-1])
         where = indices.through_nodes, indices.through_columns
@@ -119,7 +119,7 @@ class _Source:
         for number in layout.of_stage("first"):
             first_gs[layout.terms[number].index] = term_gs[number]
         first_coef[indices.direct_outputs] = coef[indices.direct_terms]
-        second_dw = self.x.new_empty(0)
+        second_dw = coef.new_empty(0)
         if layout.second.outputs:
             before = norms[indices.second_rows]
             between, dots, second_dw = conv_stage_bwd(
@@ -180,9 +180,9 @@ def forward_stage_by_stage(
             node_sum(node, maps[first:last], coef[first:last], bool(started))
         else:
             node_sum(node, [maps[n] for n in numbers], coef[numbers], bool(started))
-    none = x.new_empty(0)
+    none, unmeasured = x.new_empty(0), norms.new_empty(0)
     first, second = (none if maps is None or not keep else maps for maps in (source.first, source.second))
-    return norms, none if given is not None else stats, first, second
+    return norms, unmeasured if given is not None else stats, first, second
 
 
 def backward_stage_by_stage(
@@ -208,10 +208,9 @@ def backward_stage_by_stage(
     dots = node_dots(term_gs, source.maps(), own[:, 0])
     coef = through_norms(own, source.scales(), dots, source.count, training)
     source.pool = None
-    none = x.new_empty(0)
-    dx, dw = base, none
+    dx, dw = base, norms.new_empty(0)
     if need_dx:
         dx = source.through_pools(gs, coef, base)
     if layout.first.outputs:
         dx, dw = source.through_convolutions(norms, term_gs, coef, dx, training, need_dx, need_dw)
-    return dx if need_dx else none, (own[:, 1] * dots[:, 1]).sum(-1), dw
+    return dx if need_dx else x.new_empty(0), (own[:, 1] * dots[:, 1]).sum(-1), dw
