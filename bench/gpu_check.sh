@@ -42,7 +42,7 @@ for method in darts pc_darts; do
   step "search_step_$method" 90 "$python" bench/search_step.py --method "$method" --batch 64 \
     --rows plain,plain_channels_last,fused,fused_lean --json "$out/search_step_${method}_gpu.json"
 done
-step bench 200 "$python" -m pytest -q bench/ --benchmark-only --no-compile --results "$out/gpu_bench.json"
+step bench 230 "$python" -m pytest -q bench/ --benchmark-only --no-compile --results "$out/gpu_bench.json"
 
 echo
 cat "$summary"

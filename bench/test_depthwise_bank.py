@@ -32,6 +32,16 @@ BANKS = {
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("name", BANKS)
 def test_bank(race, name: str, backward: bool) -> None:
+    go(race, name, backward)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("name", ["darts-16", "darts-16-channels-last", "darts-16-reduce", "imagenet-48"])
+def test_each_backend_of_a_gpu(race, gpu_backend: str, name: str, backward: bool) -> None:
+    go(race, name, backward)
+
+
+def go(race, name: str, backward: bool) -> None:
     shape, stride, dtype, layout, pools = BANKS[name]
     x = torch.randn(shape).to(dtype).to(memory_format=layout).requires_grad_()
     weights = [(torch.randn(shape[1], 1, k, k) / k).to(dtype).requires_grad_() for k, _ in KERNELS]

@@ -66,6 +66,18 @@ def test_several_programs_and_a_tail(check) -> None:
     check(caller(branches, max_pool=True), op, reference, tensors)
 
 
+def test_several_groups_of_channels_and_a_kernel_that_reaches_far(check) -> None:
+    branches = ((3, 9),)
+    tensors = inputs((1, 17, 6, 5), torch.float32, True, branches)
+    check(caller(branches), op, reference, tensors)
+
+
+def test_more_branches_than_one_launch_takes(check) -> None:
+    branches = (*[(1, 1)] * 8, (3, 2))
+    tensors = inputs((2, 3, 6, 5), torch.float32, False, branches)
+    check(caller(branches, max_pool=True), op, reference, tensors)
+
+
 @pytest.mark.parametrize("kind", ["sliced", "cropped", "expanded", "transposed"])
 def test_any_strides(check, kind: str) -> None:
     x, *ws = inputs((2, 4, 9, 9), torch.float32, False, ((3, 1),))

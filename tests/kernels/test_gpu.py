@@ -77,7 +77,7 @@ def cases() -> dict[str, Callable[[torch.dtype], Case]]:
     return {f.__name__: f for f in ops}
 
 
-@pytest.fixture(params=[*cases(), "mixed_sum=cuda", "gumbel_softmax=cuda"])
+@pytest.fixture(params=[*cases(), "mixed_sum=cuda", "gumbel_softmax=cuda", "depthwise_bank=cuda"])
 def make(request: pytest.FixtureRequest) -> Iterator[Callable[[torch.dtype], Case]]:
     torch.manual_seed(0)
     op, _, backend = request.param.partition("=")

@@ -12,6 +12,7 @@
 #include "common/check.h"
 #include "common/layout.h"
 #include "common/ordered_sum.cuh"
+#include "common/widened.h"
 #include "ops/cuda/mixed_sum.cuh"
 
 namespace fastnas {
@@ -58,14 +59,6 @@ struct Maps : Rows {
   int64_t blocks(int v) const { return (rows * (run / v) + kThreads - 1) / kThreads; }
 };
 
-// The weights row by row in the dtype of the sums; they are that already in every usual call.
-template <class A>
-Tensor weights_of(const Tensor& w) {
-  constexpr ScalarType kDtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor wide = w.scalar_type() == kDtype ? w : torch::stable::to(w, kDtype);
-  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
-}
-
 // Calls body(first, count) for parts of the list that one launch takes.
 template <class Body>
 void for_launches(int64_t paths, const Body& body) {
@@ -84,7 +77,7 @@ Tensor mixed_sum_fwd(std::vector<Tensor> xs, Tensor w) {
   dispatch_floating(y.scalar_type(), "mixed_sum_fwd", [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    const Tensor weights = weights_of<A>(w);
+    const Tensor weights = widened<A>(w);
     const A* wp = static_cast<const A*>(weights.data_ptr());
     std::optional<Tensor> sums;
     if (paths > kMaxPaths) sums = torch::stable::new_empty(y, {y.numel()}, weights.scalar_type());
@@ -115,7 +108,7 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_sum_bwd(Tensor g, std::vector<Tens
   dispatch_floating(g.scalar_type(), "mixed_sum_bwd", [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    const Tensor weights = weights_of<A>(w);
+    const Tensor weights = widened<A>(w);
     maps.with_vectors<T>([&](auto v) {
       const int64_t blocks = maps.blocks(v);
       const Tensor parts = torch::stable::new_empty(g, {paths, blocks}, ScalarType::Double);
@@ -142,7 +135,7 @@ std::vector<Tensor> mixed_sum_bwd_xs(Tensor g, Tensor w) {
   dispatch_floating(g.scalar_type(), "mixed_sum_bwd_xs", [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
-    const Tensor weights = weights_of<A>(w);
+    const Tensor weights = widened<A>(w);
     maps.with_vectors<T>([&](auto v) {
       for_launches(paths, [&](int64_t first, int64_t count) {
         launch(g, &mixed_sum_bwd_xs_kernel<T, v>, maps.blocks(v), kThreads, maps.paths<T>(1 + first, count),
