@@ -2,8 +2,9 @@
 
     python bench/nasbench201_searches.py --table nasbench201.csv.gz --data-dir DIR --out FILE darts spos random
 
-All searches share COMMON and cost about the same CPU time, but `darts-long` twelve times as much. A row is a method
-with its seeds; rows of other methods stay in the file. Searches that are in --runs already are not repeated.
+All searches share COMMON and cost about the same CPU time, but `darts-long` ten times as much, and `darts-full`, which
+has all images and the steps of the published searches, a hundred times. A row is a method with its seeds; rows of other
+methods stay in the file. Searches that are in --runs already are not repeated.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ PATHS = EVOLUTION | {"epochs": 8, "recalibration_batches": 5, "score_batches": 1
 SETTINGS: dict[str, dict[str, Any]] = {
     "darts": DARTS | {"epochs": 3},
     "darts-long": DARTS | {"epochs": 40, "batch_size": 64},
+    "darts-full": DARTS | {"epochs": 50, "batch_size": 64, "train_fraction": 0.5, "search_fraction": 0.5},
     "pc_darts": {"method": "pc_darts", "epochs": 6, "arch_lr": 6e-3, "warmup_epochs": 2, "partial": 4},
     "parsec": {"method": "parsec", "epochs": 5, "samples": 4},
     "snas": {"method": "snas", "epochs": 5, "arch_lr": 3e-3, "resource": "none"},

@@ -75,6 +75,7 @@ SMALLER = {
     "--members": "2",
     "--samples": "4",
     **{"--channels": "4", "--cells": "3", "--classes": "5", "--image-size": "32", "--latency": "1,2"},
+    "--storage bfloat16": "float32",  # the other one needs a GPU; tests/engine/test_storage.py runs its steps
     **{"--genotype NAME": "DARTS_V2", "--data-dir /data/imagenet": "data"},
 }
 
