@@ -91,12 +91,12 @@ def test_json_alone_goes_to_standard_output(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_module_of_the_user(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "my_networks.py").write_text(
+    (tmp_path / "networks_of_a_user.py").write_text(
         "from torch import nn\n"
         "def tiny():\n    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 10))\n"
     )
     monkeypatch.chdir(tmp_path)
-    arguments = ["--module", "my_networks:tiny", "--image-size", "8", "--batch-size", "5", "--device", "cpu"]
+    arguments = ["--module", "networks_of_a_user:tiny", "--image-size", "8", "--batch-size", "5", "--device", "cpu"]
     output = run(capsys, *arguments)
     assert output.splitlines()[0].split() == ["tiny"]
     assert rows(output)["parameters"][-1].strip() == f"{4 * 27 + 4 + 1440 + 10:,}"

@@ -385,7 +385,7 @@ def test_a_folder_of_images_through_the_command_line(tmp_path, monkeypatch, caps
     following = shlex.split(next(line for line in output.splitlines() if line.startswith("next")))
     assert following[1:] == [
         *("python", "-m", "fastnas.retrain"),
-        *("--genotype", f"runs/{run.name}/genotype.json", "--data", "folder:my images"),
+        *("--genotype", f"runs/{run.name}/genotype.json", "--data", "folder:my images", "--image-size", "8"),
     ]
 
 
