@@ -51,8 +51,8 @@ class FusedCell:
     def _plan(self, active: list[tuple[int, int]]) -> CellPlan:
         return CellPlan(self.space, self.cell.edges, active, self.running)
 
-    def lay_flat(self) -> nn.Parameter:
-        """The weights of all edges as one leaf."""
+    def lay_flat(self) -> list[nn.Parameter]:
+        """The weights of all edges as one leaf, if they have any."""
         return self.mixture.lay_flat()
 
     def path(self, nodes: tuple[Node, ...]) -> CellPlan:

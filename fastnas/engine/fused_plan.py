@@ -192,14 +192,15 @@ class CellPlan:
             return [self.leaf]
         return [weight for source in self.sources for weight in source.weights]
 
-    def lay_flat(self) -> nn.Parameter:
-        """Put the weights end to end into one leaf, which is what gets their gradient from now on: a step then pays
-        for one tensor a cell instead of hundreds. The modules' own become views of it that ask for no gradient."""
-        if self.leaf is None:
+    def lay_flat(self) -> list[nn.Parameter]:
+        """Put the weights, if there are any, end to end into one leaf, which is what gets their gradient from now on:
+        a step then pays for one tensor a cell instead of hundreds. The modules' own become views of it that ask for no
+        gradient."""
+        if self.leaf is None and self.weights:
             self._laid_flat = self.weights
             self.leaf = nn.Parameter(torch.cat([weight.detach().reshape(-1) for weight in self._laid_flat]))
             self.bind()
-        return self.leaf
+        return [] if self.leaf is None else [self.leaf]
 
     def bind(self, moved: Callable[[Tensor], Tensor] | None = None) -> None:
         """Make the modules' weights views of the leaf, after a move of both."""

@@ -207,7 +207,7 @@ class Supernet(nn.Module):
         that ask for no gradient: a step handles some thirty tensors instead of more than a thousand. Paths and random
         channels train the modules' own parameters, so do not call it for them.
         """
-        flat = [] if self.executor == "plain" else [fused(cell).lay_flat() for cell in self.cells]
+        flat = [] if self.executor == "plain" else [leaf for cell in self.cells for leaf in fused(cell).lay_flat()]
         return [*flat, *(parameter for parameter in self.parameters() if parameter.requires_grad)]
 
     def forward(self, x: Tensor, architecture: Mixture | Genotype) -> Tensor:

@@ -71,6 +71,17 @@ def test_extras_and_frozen_leaves():
         del _REGISTRY["test_conv_of_nobody"]
 
 
+def test_cells_without_weights_have_no_leaf():
+    supernet, alphas = build(space=DartsSpace(nodes=2, candidates=("none", "skip_connect", "max_pool_3x3")))
+    plain, _ = build("plain", space=supernet.space)
+    leaves = supernet.lay_flat()
+    assert len(leaves) < len(plain.lay_flat())  # those of the reduction cells, whose identities are convolutions
+    train(supernet, alphas, leaves, 2)
+    train(plain, alphas, plain.lay_flat(), 2)
+    for value, expected in zip(supernet.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_the_modules_weights_stay_views_through_loading_moving_and_copying():
     supernet, alphas = build()
     other, _ = build()
