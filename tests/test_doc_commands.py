@@ -75,7 +75,8 @@ SMALLER = {
     "--members": "2",
     "--samples": "4",
     **{"--channels": "4", "--cells": "3", "--classes": "5", "--image-size": "32", "--latency": "1,2"},
-    "--storage bfloat16": "float32",  # the other one needs a GPU; tests/engine/test_storage.py runs its steps
+    # The other one needs a GPU; tests/engine/test_storage.py runs its steps.
+    "fastnas.search --storage bfloat16": "float32",
     **{"--genotype NAME": "DARTS_V2", "--data-dir /data/imagenet": "data"},
 }
 
@@ -220,7 +221,8 @@ def run(command: str) -> None:
     package = importlib.import_module(module)
     main = importlib.import_module(f"{module}.__main__") if hasattr(package, "__path__") else package
     for index, (flag, value) in enumerate(zip(arguments, arguments[1:], strict=False), 1):
-        arguments[index] = SMALLER.get(f"{flag} {value}", SMALLER.get(flag, value))
+        smaller = SMALLER.get(f"{flag} {value}", SMALLER.get(flag, value))
+        arguments[index] = SMALLER.get(f"{module} {flag} {value}", smaller)
     try:
         code = main.main(arguments)
     except SystemExit as stop:  # of --help, or of an argument that is not known

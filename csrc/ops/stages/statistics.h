@@ -10,8 +10,9 @@
 namespace fastnas {
 
 // Mean and biased variance over a batch, from those of its images. Each image is measured around the mean of its
-// first eighth while it is still in the cache, which costs no precision unless that mean is many deviations off; the
-// images are put together in their order, whichever thread measured them.
+// first eighth while it is still in the cache: that is at most sqrt(7) deviations off the mean of all, whatever the
+// image, so squares around it cancel by a factor of 8 at most. The images are put together in their order, whichever
+// thread measured them.
 template <class T>
 class Statistics {
  public:

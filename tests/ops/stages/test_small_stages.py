@@ -105,6 +105,24 @@ def test_partial_join(k, stride, dtype):
             close(partial_join.partial_join_dx(*given), partial_join._dx_reference(*given))
 
 
+@native
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1e6])
+def test_statistics_hold_far_from_zero_and_where_the_first_rows_are_far_from_the_others(offset):
+    """An image is measured around the mean of its first eighth. Bounds: 64 roundings of sums in float32, for the
+    variance times 8."""
+    torch.manual_seed(0)
+    rounding = 64 * torch.finfo(torch.float32).eps / 2
+    for channels in (3, 4, 16, 20):
+        x = torch.randn(2, 16, 16, channels) + 1e4
+        x[:, :2] += offset
+        pooled, stats = pool_stage.pool_stage_fwd(x, 1, True)
+        variance, mean = torch.var_mean(pooled.double(), dim=(1, 2, 3), correction=0)
+        # The mean itself is rounded once, and is no further from the first eighth's than sqrt(7) deviations.
+        bound = mean.abs() * torch.finfo(torch.float32).eps + 7**0.5 * rounding * variance.sqrt()
+        assert ((stats[:, 0] - mean).abs() <= bound).all()
+        assert ((stats[:, 1] / variance - 1).abs() <= 8 * rounding).all()
+
+
 def test_partial_join_is_the_weighted_sum_of_partial_shuffles():
     """PC-DARTS: sum over the edges of beta times (mixed, bypass) with the channels shuffled."""
     from fastnas.ops import partial_shuffle
