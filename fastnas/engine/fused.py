@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastnas.engine.fused_cell import fused_cell
 from fastnas.engine.fused_norm import fused_norm
-from fastnas.engine.fused_plan import CellPlan, Stage, edge_norms
+from fastnas.engine.fused_plan import CellPlan, Stage
 from fastnas.engine.mixture import Mixture
 from fastnas.engine.running import RunningStatistics
 from fastnas.nn import FactorizedReduce, ReLUConvBN
@@ -42,14 +42,12 @@ class FusedCell:
     def __init__(self, cell: SupernetCell) -> None:
         self.cell, self.space, self.k = cell, cell.space, cell.edges[0].k
         self.preprocess0, self.preprocess1 = _Preprocess(cell.preprocess0), _Preprocess(cell.preprocess1)
-        self.running = RunningStatistics(edge_norms(cell.space, cell.edges))
         candidates = range(len(cell.space.candidates))
-        self.mixture = self._plan(
-            [(edge, candidate) for edge in range(self.space.num_edges) for candidate in candidates]
-        )
+        everything = [(edge, candidate) for edge in range(self.space.num_edges) for candidate in candidates]
+        self.mixture = CellPlan(self.space, cell.edges, everything)
 
     def _plan(self, active: list[tuple[int, int]]) -> CellPlan:
-        return CellPlan(self.space, self.cell.edges, active, self.running)
+        return CellPlan(self.space, self.cell.edges, active, self.mixture.running)
 
     def lay_flat(self) -> list[nn.Parameter]:
         """The weights of all edges as one leaf, if they have any."""

@@ -117,7 +117,7 @@ def run_cell(
     mixed = nodes if plan.k == 1 else s0.new_empty(plan.nodes, *size, selected)
     rows, _, _ = plan.indices(s0.device)
     given: Sequence[Tensor | None] = [None] * len(plan.sources)
-    if not training:
+    if plan.running.norms and not training:
         given = plan.running.read(rows).split([len(source.norms) for source in plan.sources])
     begun: set[int] = set()
     measured, sources, extras = [], [], []
@@ -143,8 +143,8 @@ def run_cell(
             mixed[node].add_(mixture[run.extra.edge, run.extra.candidate] * maps(run.y.detach()))
         sources.append(source)
         extras.append(runs)
-    if training and len(rows):
-        plan.running.update(rows, torch.cat(measured), out[..., 0].numel())
+    if plan.running.norms and training and measured:
+        plan.running.update(rows, torch.cat(measured), out.numel() // out.shape[-1])
     return out, sources, extras
 
 

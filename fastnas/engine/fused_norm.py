@@ -17,11 +17,10 @@ class _FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, stage: Stage, running: RunningStatistics, stride: int, training: bool, x, *parameters):
-        row = torch.zeros(1, dtype=torch.long, device=x.device)
-        given = None if training else running.read(row)
+        given = None if training else running.read(None)
         y, norms, stats = norm_stage_fwd(stage.layout, maps(x), parameters, stride, given, running.eps)
         if training:
-            running.update(row, stats, y[..., 0].numel())
+            running.update(None, stats, y.numel() // y.shape[-1])
         result = images(y)
         ctx.save_for_backward(x, norms, result, *parameters)
         ctx.stage, ctx.stride, ctx.training = stage, stride, training

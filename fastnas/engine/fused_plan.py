@@ -135,26 +135,19 @@ class SourcePlan:
         return [weight for extra in self.extras for weight in extra.module.parameters()]
 
 
-def edge_norms(space: DartsSpace, edges: Sequence[MixedOp]) -> list[nn.BatchNorm2d]:
-    """The batch normalisations of the candidates that the stages know."""
-    known = {*POOLS, *CONVOLUTIONS, "skip_connect"}
-    modules = [
-        edge.candidates[number] for edge in edges for number, name in enumerate(space.candidates) if name in known
-    ]
-    return [norm for module in modules for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
-
-
 class CellPlan:
-    """The sources of a cell, state by state, for its active (edge, candidate) pairs."""
+    """The sources of a cell, state by state, for its active (edge, candidate) pairs.
+
+    `running`: of a plan for more of the cell; without it the plan has its own.
+    """
 
     def __init__(
         self,
         space: DartsSpace,
         edges: Sequence[MixedOp],
         active: Sequence[tuple[int, int]],
-        running: RunningStatistics,
+        running: RunningStatistics | None = None,
     ) -> None:
-        self.running = running
         self.leaf: nn.Parameter | None = None
         self._laid_flat: list[nn.Parameter] = []
         self.nodes = space.nodes
@@ -169,20 +162,20 @@ class CellPlan:
             self.sources[state].add(edge, candidate, node_of[edge], name, module)
         self._sizes = [source.layout.size(edges[0].selected) for source in self.sources]
         self._counts = [len(source.weights) for source in self.sources]
-        self._indices: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        norms = [norm for source in self.sources for norm in source.norms]
+        self.running = RunningStatistics(norms) if running is None else running
+        self._rows = [self.running.row[norm] for norm in norms]
+        self._indices: dict[torch.device, tuple[Tensor | None, Tensor, Tensor]] = {}
 
-    def indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def indices(self, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor]:
         """Index tensors on `device`, made once, source by source: rows of the running statistics that the norms of the
-        layouts follow, and the edge and the candidate of every term."""
+        layouts follow (None: all, in their order), and the edge and the candidate of every term."""
         if device not in self._indices:
             terms = [term for source in self.sources for term in source.layout.terms]
-            numbers = (
-                [self.running.row[norm] for source in self.sources for norm in source.norms],
-                [term.edge for term in terms],
-                [term.candidate for term in terms],
-            )
+            numbers = self._rows, [term.edge for term in terms], [term.candidate for term in terms]
             rows, edges, candidates = (torch.tensor(some, dtype=torch.long, device=device) for some in numbers)
-            self._indices[device] = rows, edges, candidates
+            whole = self._rows == list(range(len(self.running.norms)))
+            self._indices[device] = None if whole else rows, edges, candidates
         return self._indices[device]
 
     @property

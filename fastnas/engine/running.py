@@ -39,21 +39,27 @@ class RunningStatistics:
             self._table, self._tracked = table, tracked
         return table, tracked
 
-    def read(self, rows: Tensor) -> Tensor:
-        """Mean and variance of some rows, [len(rows), 2, C]."""
-        return self._bind()[0][rows]
+    def read(self, rows: Tensor | None) -> Tensor:
+        """Mean and variance of some rows, [len(rows), 2, C]; of all without `rows`."""
+        table, _ = self._bind()
+        return table if rows is None else table[rows]
 
     @torch.no_grad()
-    def update(self, rows: Tensor, stats: Tensor, count: int) -> None:
-        """Let rows follow the measured mean and biased variance [len(rows), 2, C] of `count` values, as BatchNorm2d
-        does."""
+    def update(self, rows: Tensor | None, stats: Tensor, count: int) -> None:
+        """Let rows (all without `rows`) follow the measured mean and biased variance [len(rows), 2, C] of `count`
+        values, as BatchNorm2d does. `stats` does not survive."""
         if not self.norms[0].track_running_stats:
             return
         table, tracked = self._bind()
-        measured = stats.clone()
-        measured[:, 1] *= count / max(1, count - 1)
-        tracked[rows] += 1
+        stats[:, 1] *= count / max(1, count - 1)
         rate = self.norms[0].momentum
-        if rate is None:  # the plain mean of all batches
-            rate = (1 / tracked[rows].to(table.dtype))[:, None, None]
-        table[rows] = torch.lerp(table[rows], measured, rate)
+        if rows is None:
+            tracked += 1
+            table.lerp_(stats, self._rates(tracked) if rate is None else rate)
+        else:
+            tracked[rows] += 1
+            table[rows] = torch.lerp(table[rows], stats, self._rates(tracked[rows]) if rate is None else rate)
+
+    def _rates(self, tracked: Tensor) -> Tensor:
+        """Those that make the plain mean of all batches, [n, 1, 1]."""
+        return (1 / tracked.to(self._table.dtype))[:, None, None]

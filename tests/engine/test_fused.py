@@ -66,6 +66,15 @@ def test_loss_gradients_and_running_statistics_equal_the_plain_executors(k, edge
         assert distance(values, expected) < 1e-10
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_cell_of_identities_alone_has_no_statistics(train):
+    supernet, alphas = build(space=DartsSpace(nodes=2, candidates=("none", "skip_connect")))
+    plain, fused = (run(supernet, alphas, executor, *batch(), train) for executor in ("plain", "fused"))
+    assert abs(fused[0] - plain[0]) < 1e-12
+    for values, expected in zip(fused[1:], plain[1:], strict=True):
+        assert distance(values, expected) < 1e-10
+
+
 @pytest.mark.parametrize("executor", FUSED)
 @pytest.mark.parametrize("k", [1, 4])
 def test_float32_is_at_most_twice_as_far_from_float64_as_the_plain_executor(k, executor):

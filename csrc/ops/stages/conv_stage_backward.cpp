@@ -90,8 +90,8 @@ struct Bench {
         flat_dz(plan.frame.flat ? plan.frame.out_height * plan.frame.row(plan.frame.out_width) : 0),
         dz(plan.frame.out_height * plan.frame.out_width * rounded_up(plan.out_channels, kLanes<T>), false),
         deep(plan.frame.out_height * plan.frame.row(plan.frame.out_width), false),
-        deep_grad(plan.frame.padded_size()),
-        dx(plan.frame.padded_size()) {}
+        deep_grad(plan.frame.padded_size(), plan.frame.stride == 1),
+        dx(plan.frame.padded_size(), false) {}
 };
 
 // The gradient of z of one branch, in the bench.
@@ -147,13 +147,13 @@ FASTNAS_INLINE inline void deep_gradient(T* out, int64_t row, Bench<T>& bench, c
   for (int64_t y = 0; y < f.out_height; ++y) {
     if (part.flat) {
       dispatch_flat<T>(f.channels, [&](auto channels) FASTNAS_INLINE {
-        pointwise_flat<T, channels>(out + y * row, bench.flat_dz.data() + y * f.row(f.out_width), part.backward.data(),
+        pointwise_flat<T, channels>(out + y * row, bench.flat_dz.data() + y * f.row(f.out_width), part.pointwise,
                                     f.positions(f.out_width));
       });
     } else {
       // Where pixels are closer than a vector each one's zeros are overwritten by the next one.
       pointwise(out + y * row, f.pitch, bench.dz.data() + y * f.out_width * part.out_pitch, part.out_pitch,
-                part.backward.data(), part.in_pitch, part.outputs, part.in_pitch / kLanes<T>, f.out_width);
+                part.pointwise, part.in_pitch, part.outputs, part.in_pitch / kLanes<T>, f.out_width);
     }
   }
 }
@@ -183,17 +183,16 @@ FASTNAS_INLINE inline void branch_backward(T* kernel, T* pointwise, Bench<T>& be
     for (int64_t y = 0; y < f.out_height; ++y) {
       if (f.stride == 2) {
         scatter_row<T, taps>(bench.dx.data() + y * f.padded_row_step(), grad + y * row, part.offsets.data(),
-                             part.kernel.data(), positions, f.vectors, f.step);
+                             part.kernel, positions, f.vectors, f.step);
         continue;
       }
       T* out = bench.dx.data() + y * f.row(f.width);
       const T* in = bench.deep_grad.data() + y * row;
       if (first)
-        convolve_row<T, taps, dilation, false>(out, in, part.mirrored.data(), part.turned.data(), positions, f.vectors,
+        convolve_row<T, taps, dilation, false>(out, in, part.mirrored.data(), part.turned, positions, f.vectors,
                                                f.step);
       else
-        convolve_row<T, taps, dilation, true>(out, in, part.mirrored.data(), part.turned.data(), positions, f.vectors,
-                                              f.step);
+        convolve_row<T, taps, dilation, true>(out, in, part.mirrored.data(), part.turned, positions, f.vectors, f.step);
     }
   });
 }

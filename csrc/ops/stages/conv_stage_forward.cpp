@@ -26,7 +26,7 @@ FASTNAS_INLINE inline void pointwise_image(T* z, int64_t out_channels, T* scratc
       for (int64_t y = 0; y < f.out_height; ++y) {
         T* target = z + y * f.out_width * out_channels;
         T* out = whole ? target : scratch;
-        pointwise_flat<T, channels>(out, in + y * in_row, part.forward.data(), positions);
+        pointwise_flat<T, channels>(out, in + y * in_row, part.pointwise, positions);
         if (!whole) copy_pixels(target, out_channels, out, f.channels, f.out_width, f.channels);
       }
     });
@@ -38,7 +38,7 @@ FASTNAS_INLINE inline void pointwise_image(T* z, int64_t out_channels, T* scratc
     T* target = z + r * run.pixels * out_channels;
     T* out = whole ? target : scratch;
     const int64_t pitch = whole ? out_channels : part.out_pitch;
-    pointwise(out, pitch, in + r * in_row, f.pitch, part.forward.data(), part.out_pitch, f.channels,
+    pointwise(out, pitch, in + r * in_row, f.pitch, part.pointwise, part.out_pitch, f.channels,
               part.out_pitch / kLanes<T>, run.pixels);
     if (!whole) copy_pixels(target, out_channels, out, pitch, run.pixels, part.outputs);
   }

@@ -1,11 +1,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "ops/stages/conv_stage_loops.h"
 #include "ops/stages/frame.h"
+#include "ops/stages/scratch.h"
 
 // The branches of conv_stage: where the taps of their kernels are, and their weights as the loops read them.
 
@@ -16,19 +19,19 @@ template <class T>
 struct Part {
   int64_t source, output, first, taps, outputs;
   bool depthwise, flat;
-  int64_t dilation;               // in positions; 0 where taps are not whole positions apart
-  std::vector<int64_t> offsets;   // of each tap in the input with its border, from where its output pixel is
-  std::vector<int64_t> mirrored;  // the same for the input's gradient, in the output's gradient with a border, of the
-                                  // kernel turned by half a turn
-  std::vector<T> kernel;          // [vectors][taps][lanes]
-  std::vector<T> turned;          // the kernel turned by half a turn
-  std::vector<T> forward;         // pointwise: flat [channels][lanes], else [channels][out_pitch]
-  std::vector<T> backward;        // flat [channels][lanes], else [outputs][pitch in whole vectors]
-  int64_t out_pitch;              // of a pixel of the output in a buffer
-  int64_t in_pitch;               // whole vectors of input channels
+  int64_t dilation;  // in positions; 0 where taps are not whole positions apart
+  using Offsets = std::array<int64_t, 25>;
+  Offsets offsets;   // of each tap in the input with its border, from where its output pixel is
+  Offsets mirrored;  // the same for the input's gradient, in the output's gradient with a border, of the kernel turned
+                     // by half a turn
+  // Packed in the memory of the plan; null where the pass does not read it.
+  T* kernel;     // [vectors][taps][lanes]
+  T* turned;     // the kernel turned by half a turn
+  T* pointwise;  // forward: flat [channels][lanes], else [channels][out_pitch]; backward: flat [channels][lanes], else
+                 // [outputs][pitch in whole vectors]
+  int64_t out_pitch;                      // of a pixel of the output in a buffer
+  int64_t in_pitch;                       // whole vectors of input channels
   int64_t kernel_start, pointwise_start;  // in the flat gradient
-
-  int64_t kernel_size() const { return depthwise ? taps : 0; }  // a channel
 };
 
 // The weights of a part, dense: depthwise [C, side, side], null where it just takes pixels, and pointwise [outputs, C].
@@ -74,72 +77,94 @@ class Plan {
       part.out_pitch = part.flat ? frame.channels : rounded_up(part.outputs, kLanes<T>);
       part.in_pitch = rounded_up(frame.channels, kLanes<T>);
       part.kernel_start = weights;
-      part.pointwise_start = weights + part.kernel_size() * frame.channels;
+      part.pointwise_start = weights + (part.depthwise ? part.taps : 0) * frame.channels;
       weights = part.pointwise_start + part.outputs * frame.channels;
       frame.border = std::max({frame.border, dilation * (side - 1) / 2, shift});
       outputs = std::max(outputs, part.output + 1);
       out_channels = std::max(out_channels, part.first + part.outputs);
       parts.push_back(part);
     }
+    int64_t size = 0;
+    for (const auto& part : parts) size += packed_kernel(part) * (backward ? 2 : 1) + packed_pointwise(part, backward);
+    memory_.emplace(size, false);
+    T* free = memory_->data();
     for (size_t p = 0; p < parts.size(); ++p) {
       const int64_t* field = description.data() + kFields * p;
-      parts[p].dilation = frame.flat || stride == 2 ? 0 : field[3];
-      place_taps(parts[p], field[3], field[4]);
-      pack_kernel(parts[p], given[p].depthwise);
-      pack_pointwise(parts[p], given[p].pointwise, backward);
+      Part<T>& part = parts[p];
+      part.dilation = frame.flat || stride == 2 ? 0 : field[3];
+      place_taps(part, field[3], field[4]);
+      part.kernel = free;
+      part.turned = backward ? free + packed_kernel(part) : nullptr;
+      part.pointwise = free + packed_kernel(part) * (backward ? 2 : 1);
+      free = part.pointwise + packed_pointwise(part, backward);
+      pack_kernel(part, given[p].depthwise);
+      pack_pointwise(part, given[p].pointwise, backward);
     }
   }
 
  private:
+  int64_t packed_kernel(const Part<T>& part) const { return frame.vectors * part.taps * kLanes<T>; }
+  int64_t packed_pointwise(const Part<T>& part, bool backward) const {
+    if (part.flat) return frame.channels * kLanes<T>;
+    return rounded_up(backward ? part.outputs * part.in_pitch : frame.channels * part.out_pitch, kLanes<T>);
+  }
+
   void place_taps(Part<T>& part, int64_t dilation, int64_t shift) {
     const int64_t side = side_of(part.taps), half = dilation * (side - 1) / 2;
-    for (int64_t y = 0; y < side; ++y)
-      for (int64_t x = 0; x < side; ++x) {
-        const int64_t down = y * dilation - half + shift, right = x * dilation - half + shift;
-        part.offsets.push_back((frame.border + down) * frame.padded_row() + frame.column(frame.border + right));
-        part.mirrored.push_back((frame.border - down) * frame.padded_row() + (frame.border - right) * frame.pitch);
-      }
-    std::reverse(part.mirrored.begin(), part.mirrored.end());
+    for (int64_t t = 0; t < part.taps; ++t) {
+      const int64_t down = t / side * dilation - half + shift, right = t % side * dilation - half + shift;
+      part.offsets[t] = (frame.border + down) * frame.padded_row() + frame.column(frame.border + right);
+      part.mirrored[part.taps - 1 - t] =
+          (frame.border - down) * frame.padded_row() + (frame.border - right) * frame.pitch;
+    }
   }
 
   void pack_kernel(Part<T>& part, const T* depthwise) {
     constexpr int64_t lanes = kLanes<T>;
-    part.kernel.assign(frame.vectors * part.taps * lanes, part.depthwise ? T(0) : T(1));
-    part.turned = part.kernel;
-    if (!part.depthwise) return;
-    const int64_t width = frame.flat ? lanes : frame.channels;  // of flat rows the channels are repeated
-    for (int64_t first = 0; first < width; first += lanes)
-      for (int64_t t = 0; t < part.taps; ++t) {
-        T* const packed = part.kernel.data() + first * part.taps + t * lanes;
-        T* const turned = part.turned.data() + first * part.taps + (part.taps - 1 - t) * lanes;
-        for (int64_t lane = 0; lane < std::min(lanes, width - first); ++lane) {
-          const int64_t channel = frame.flat ? lane % frame.channels : first + lane;
-          packed[lane] = turned[lane] = depthwise[channel * part.taps + t];
-        }
+    const int64_t size = packed_kernel(part), taps = part.taps;
+    std::fill_n(part.kernel, size, part.depthwise ? T(0) : T(1));
+    if (part.depthwise) {
+      const int64_t width = frame.flat ? lanes : frame.channels;  // of flat rows the channels are repeated
+      for (int64_t column = 0; column < width; ++column) {
+        const T* own = depthwise + (frame.flat ? column % frame.channels : column) * taps;
+        T* packed = part.kernel + column / lanes * taps * lanes + column % lanes;
+        for (int64_t t = 0; t < taps; ++t) packed[t * lanes] = own[t];
       }
+    }
+    if (!part.turned) return;
+    for (int64_t vector = 0; vector < size; vector += taps * lanes)
+      for (int64_t t = 0; t < taps; ++t)
+        std::copy_n(part.kernel + vector + t * lanes, lanes, part.turned + vector + (taps - 1 - t) * lanes);
   }
 
   void pack_pointwise(Part<T>& part, const T* w, bool backward) {
     constexpr int64_t lanes = kLanes<T>;
     const int64_t channels = frame.channels;
+    T* packed = part.pointwise;
     if (part.flat) {
-      auto& packed = backward ? part.backward : part.forward;
-      packed.resize(channels * lanes);
       for (int64_t from = 0; from < channels; ++from)
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          const int64_t to = lane % channels;
-          packed[from * lanes + lane] = backward ? w[from * channels + to] : w[to * channels + from];
-        }
-    } else if (backward) {
-      part.backward.assign(part.outputs * part.in_pitch, T(0));
-      for (int64_t o = 0; o < part.outputs; ++o)
-        std::copy(w + o * channels, w + (o + 1) * channels, part.backward.begin() + o * part.in_pitch);
-    } else {
-      part.forward.assign(channels * part.out_pitch, T(0));
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t o = 0; o < part.outputs; ++o) part.forward[c * part.out_pitch + o] = w[o * channels + c];
+        for (int64_t to = 0; to < channels; ++to)
+          for (int64_t lane = to; lane < lanes; lane += channels)
+            packed[from * lanes + lane] = backward ? w[from * channels + to] : w[to * channels + from];
+      return;
     }
+    if (backward) {
+      for (int64_t o = 0; o < part.outputs; ++o) {
+        T* row = packed + o * part.in_pitch;
+        std::fill(std::copy_n(w + o * channels, channels, row), row + part.in_pitch, T(0));
+      }
+      return;
+    }
+    // A few columns of w at a time, so that what is read of a row is used while it is near.
+    constexpr int64_t together = 16;
+    std::fill_n(packed, channels * part.out_pitch, T(0));
+    for (int64_t first = 0; first < channels; first += together)
+      for (int64_t o = 0; o < part.outputs; ++o)
+        for (int64_t c = first; c < std::min(first + together, channels); ++c)
+          packed[c * part.out_pitch + o] = w[o * channels + c];
   }
+
+  std::optional<Scratch<T>> memory_;
 };
 
 }  // namespace fastnas

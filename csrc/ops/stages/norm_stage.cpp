@@ -21,7 +21,7 @@ Plan<T> plan_of(const char* op, const Tensor& x, const Tensor& weights, const st
   const Map map = map_of(op, x);
   check_same_dtype(op, {weights}, x.scalar_type());
   FlatWeights<T> flat(op, weights, map.channels);
-  const Plan<T> plan(op, map, parts, flat.take(shapes), stride, 1, backward);
+  Plan<T> plan(op, map, parts, flat.take(shapes), stride, 1, backward);
   flat.finish();
   STD_TORCH_CHECK(plan.outputs == 1, op, ": there is one output");
   return plan;
