@@ -35,14 +35,14 @@ def versions_line() -> str:
     return f"fastnas {known['fastnas']}, torch {known['torch']}, Python {known['python']}{commit}{dirty}"
 
 
-def header(arguments: Sequence[str]) -> dict[str, Any]:
-    """Everything of the file but the rows; ``arguments`` are pytest's."""
+def header(*command: str) -> dict[str, Any]:
+    """Everything of the file but the rows; ``command``: the words that were run."""
     return {
         "machine": machine_line(),
         "load": round(os.getloadavg()[0], 2),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "command": shlex.join(["pytest", *arguments]),
+        "command": shlex.join(command),
     }
 
 

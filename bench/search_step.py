@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,12 +28,11 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.footprints import status
-from bench.report import machine_line
+from bench.report import header
 from bench.step_rows import GRAPH, HALF, METHODS, PARTS, ROWS, Problem, Row, compiled_cells
 from bench.sweep import sweep
 from fastnas.engine.training import settled_heap
 from fastnas.errors import UserError
-from fastnas.runs import versions
 
 COMPILED = "plain_compile"
 BREAKDOWNS = 3  # runs that parts_ms is the median of
@@ -122,12 +119,7 @@ def main(arguments: Sequence[str]) -> None:
         print(resident_growth(names[0], problem))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report: dict[str, Any] = {
-        "machine": machine_line(),
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "bench/search_step.py", *arguments]),
-    }
+    report = header("python", "bench/search_step.py", *arguments)
     if given.sweep:
 
         def times(**change: int) -> dict[str, float]:
