@@ -17,12 +17,12 @@ from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.config import WHICH_DATA, as_flags
 from fastnas.errors import UserError
+from fastnas.repeated_runs import deviation, seed_runs
 from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.report.comparison import render_comparison
 from fastnas.report.records import read_record
 from fastnas.runs import default_run_path
 from fastnas.search import Plan, SearchResult, add_search_flags, given_settings, resolve, run_search
-from fastnas.seeds import deviation, seed_runs
 from fastnas.spaces.agreement import edge_agreement
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from fastnas._files import replace_file
 from fastnas.cli import ArgumentParser, run_command
 from fastnas.errors import UserError
+from fastnas.repeated_runs import deviation, seed_runs
 from fastnas.retrain import Plan, add_retraining_flags, given_settings, resolve, run_retrain
 from fastnas.runs import default_run_path
-from fastnas.seeds import deviation, seed_runs
 
 
 @dataclass(frozen=True)
