@@ -12,7 +12,6 @@ run takes minutes.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fastnas
-from bench.report import header
+from bench.report import header, save
 from bench.timing import ratio
 from fastnas.engine.derived import DerivedNetwork
 from fastnas.engine.retraining import Arithmetic
@@ -130,11 +129,7 @@ def main(arguments: Sequence[str]) -> None:
         "batch": given.batch,
         "rows": {name: measure(rows, name, given.batch, given.rounds, device) for name in given.genotypes.split(",")},
     }
-    text = json.dumps(report, indent=None if given.json == "-" else 1)
-    if given.json == "-":
-        print(text)
-    else:
-        Path(given.json).write_text(text + "\n")
+    save(given.json, report)
 
 
 if __name__ == "__main__":

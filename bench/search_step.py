@@ -13,7 +13,6 @@ keeps its maps in bfloat16, and `fused_graph` replays a search step that was rec
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.footprints import status
-from bench.report import header
+from bench.report import header, save
 from bench.step_rows import GRAPH, HALF, METHODS, PARTS, ROWS, Problem, Row, compiled_cells
 from bench.sweep import sweep
 from fastnas.engine.training import settled_heap
@@ -138,11 +137,7 @@ def main(arguments: Sequence[str]) -> None:
             sizes = [f"--{field.name}={getattr(problem, field.name)}" for field in fields(Problem)]
             for name in report["rows"].keys() - {COMPILED}:
                 report["rows"][name]["resident_growth_bytes"] = _resident_elsewhere(name, sizes)
-    text = json.dumps(report, indent=None if given.json == "-" else 1)
-    if given.json == "-":
-        print(text)
-    else:
-        Path(given.json).write_text(text + "\n")
+    save(given.json, report)
 
 
 if __name__ == "__main__":
