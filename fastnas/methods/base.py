@@ -21,8 +21,8 @@ from fastnas.engine.training import (
     accuracy,
     assign_gradients,
     batch_statistics,
-    cosine,
     evaluate,
+    learning_rate,
     set_learning_rate,
 )
 from fastnas.errors import UserError
@@ -116,9 +116,7 @@ def weight_optimizer(parameters: Iterable[nn.Parameter], weights: WeightSettings
 
 def set_weight_rate(optimizer: torch.optim.Optimizer, weights: WeightSettings, epoch: int) -> None:
     """The weights' learning rate for `epoch`, counted from 0: the linear warm-up, if any, times the cosine."""
-    rate = cosine(epoch, weights.epochs, weights.lr, weights.lr_min)
-    if weights.lr_warmup_epochs:
-        rate *= min(1.0, (epoch + 1) / weights.lr_warmup_epochs)
+    rate = learning_rate(epoch, weights.epochs, weights.lr, weights.lr_min, warmup=weights.lr_warmup_epochs)
     set_learning_rate(optimizer, rate)
 
 
