@@ -57,6 +57,15 @@ def importable(name: str) -> None:
         assert hasattr(importlib.import_module(module), attribute), name
 
 
+def test_result_files_are_listed_and_say_what_made_them():
+    results = ROOT / "bench" / "results"
+    listed = re.findall(r"`([\w.*-]+\.json)`", (results / "README.md").read_text(encoding="utf-8"))
+    for path in results.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert any(path.match(name) for name in listed), path.name
+        assert json.loads(text)["command"] and '"date"' in text and '"commit"' in text, path.name
+
+
 def test_figures_of_the_front_pages_are_those_of_the_result_files():
     results = ROOT / "bench" / "results"
     (darts,) = (
