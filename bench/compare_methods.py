@@ -19,6 +19,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 RANDOM_GENOTYPES = 3
 
 
@@ -84,17 +87,9 @@ def main() -> None:
                 jobs.append(pool.submit(search_and_retrain, arguments.runs, method, seed, arguments.data, flags))
         rows = [job.result() for job in jobs]
 
-    from fastnas.runs import versions
+    from bench.report import header, write
 
-    report = {
-        "command": f"python {' '.join(sys.argv)}",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions(),
-        "retraining": flags,
-        "rows": rows,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(arguments.out, header("python", *sys.argv) | {"retraining": flags}, rows)
     for method in dict.fromkeys(row["method"] for row in rows):
         chosen = [row["test_accuracy"] for row in rows if row["method"] == method]
         spread = statistics.stdev(chosen) if len(chosen) > 1 else 0.0

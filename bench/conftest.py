@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_races], config.stash[_overheads] = [], []
-    config.stash[_head] = header(config.invocation_params.args)
+    config.stash[_head] = header("pytest", *config.invocation_params.args)
     # The tables below say what pytest-benchmark's own would; --benchmark-verbose brings that back.
     config.option.benchmark_quiet = True
     # A wrong answer leaves the fixture unused, and is reported already.

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor, nn
 
 import fastnas
-from bench.report import machine_line
+from bench.report import header, write
 from fastnas import profile
 from fastnas.engine.mixture import Alphas
 from fastnas.engine.supernet import EXECUTORS, Supernet
 from fastnas.engine.training import Batch
 from fastnas.methods import METHODS
 from fastnas.profiler.step import Inputs, predict
-from fastnas.runs import versions
 from fastnas.spaces import DartsSpace, Genotype, load_genotype
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
@@ -247,20 +246,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if not given.out:
         parser.error("--out is missing")
-    report = {
-        "command": f"python -m bench.footprints --out {given.out}",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine_line(),
-        "versions": versions(),
-        "rows": [],
-    }
+    head = header("python", "-m", "bench.footprints", "--out", str(given.out))
+    rows: list[dict[str, Any]] = []
     for part in (passes, steps, commands, fits, measurements):
         for row in part():
-            report["rows"].append(row)
+            rows.append(row)
             print(json.dumps(row), flush=True)
-    head = json.dumps(report | {"rows": []}, indent=1).removesuffix('"rows": []\n}')
-    rows = ",\n".join("  " + json.dumps(row) for row in report["rows"])
-    given.out.write_text(f'{head}"rows": [\n{rows}\n ]\n}}\n')
+    write(given.out, head, rows)
 
 
 if __name__ == "__main__":

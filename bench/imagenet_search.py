@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -28,12 +27,11 @@ from torchvision.transforms import v2
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.report import machine_line
+from bench.report import header
 from fastnas import distributed, processes
 from fastnas._files import replace_file
 from fastnas.cli import run_command
 from fastnas.engine.training import settled_heap
-from fastnas.runs import versions
 from fastnas.search import Plan, build_method, resolve, search_step
 
 CLASSES, IMAGE = 1000, (3, 224, 224)
@@ -132,12 +130,7 @@ def main(arguments: list[str]) -> int:
                 rows[executor] = {"batch_size": given.batch, **times, "one_of_eight": footprint(executor)}
     parameters = distributed.of_main(next(iter(rows.values()))["one_of_eight"]["parameters"] if rows else 0)
     report = {
-        "machine": machine_line(),
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(
-            ["torchrun", "--standalone", "--nproc-per-node", "2", "bench/imagenet_search.py", *arguments]
-        ),
+        **header("torchrun", "--standalone", "--nproc-per-node", "2", "bench/imagenet_search.py", *arguments),
         "clock": "CPU time of one thread" if device.type == "cpu" else "wall time",
         "rows": rows,
         "message": {

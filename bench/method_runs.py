@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.report import header, write
 from fastnas import retrain, search
 from fastnas.runs import RunFolder, versions
 from fastnas.spaces import load_genotype
@@ -72,17 +76,9 @@ def main() -> None:
             report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
             key = (row["setting"], row["seed"], row["data"])
             rows = [old for old in report["rows"] if (old["setting"], old["seed"], old["data"]) != key] + [row]
-            settings = " ".join(dict.fromkeys(old["setting"] for old in rows))
-            smoke = f"--data {arguments.data} --smoke " if arguments.smoke else ""
-            report = {
-                "machine": f"{platform.processor() or platform.machine()}, one thread",
-                "date": time.strftime("%Y-%m-%d"),
-                "versions": versions(),
-                "command": f"python bench/method_runs.py --out FILE {smoke}{settings}",
-            }
-            head = "".join(f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in report.items())
-            body = ",\n".join(json.dumps(old) for old in rows)
-            arguments.out.write_text(f'{{{head}"rows": [\n{body}\n]}}\n')
+            settings = dict.fromkeys(old["setting"] for old in rows)
+            smoke = ["--data", arguments.data, "--smoke"] if arguments.smoke else []
+            write(arguments.out, header("python", "bench/method_runs.py", "--out", "FILE", *smoke, *settings), rows)
             print(f"{setting} seed {seed}: {row.get('search_accuracy', 0):.4f} searched", flush=True)
 
 

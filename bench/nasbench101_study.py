@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,10 +21,13 @@ from typing import Any
 
 import torch
 
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.report import header, write
 from fastnas import search
 from fastnas.engine.checkpoint import load_checkpoint
 from fastnas.methods.vae import ArchitectureVae, train_vae
-from fastnas.runs import versions
 from fastnas.spaces import load_genotype
 from fastnas.spaces.nasbench101 import Nasbench101Space, Nasbench101Table
 from fastnas.spaces.strings import String
@@ -151,16 +154,8 @@ def main() -> None:
             row[key] = {"mean": round(statistics.mean(values), 3), "std": round(statistics.pstdev(values), 3)}
         rows = [old for old in rows if old["sampling"] != name] + [row]
         print(json.dumps(row), flush=True)
-    report = {
-        "machine": f"{platform.processor() or platform.machine()}, one thread",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions(),
-        "command": "python bench/nasbench101_study.py --table FILE --data-dir DIR --out FILE",
-        "search": SEARCH,
-    }
-    head = "".join(f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in report.items())
-    body = ",\n".join(json.dumps(row) for row in rows)
-    arguments.out.write_text(f'{{{head}"rows": [\n{body}\n]}}\n')
+    command = "python bench/nasbench101_study.py --table FILE --data-dir DIR --out FILE"
+    write(arguments.out, header(*command.split()) | {"search": SEARCH}, rows)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench import report
 from fastnas import search
 from fastnas.lookup import look_up
 from fastnas.runs import RunFolder, versions
@@ -85,18 +89,10 @@ def write(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
     new = {"method": name} | {column: summary(rows, column) for column in (*COLUMNS, "cpu_s")}
     new |= {"settings": SETTINGS[name], "commit": versions().get("commit", ""), "seeds": rows}
     kept = [row for row in old if row["method"] != name] + [new]
-    report = {
-        "machine": f"{platform.processor() or platform.machine()}, one thread",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": versions(),
-        "command": "python bench/nasbench201_searches.py --table FILE --data-dir DIR --out FILE "
-        + " ".join(key for key in SETTINGS if any(row["method"] == key for row in kept)),
-        "common": COMMON,
-    }
-    head = "".join(f"{json.dumps(key)}: {json.dumps(value)},\n" for key, value in report.items())
     ordered = sorted(kept, key=lambda row: list(SETTINGS).index(row["method"]))
-    body = ",\n".join(json.dumps(row) for row in ordered)
-    path.write_text(f'{{{head}"rows": [\n{body}\n]}}\n')
+    command = "python bench/nasbench201_searches.py --table FILE --data-dir DIR --out FILE"
+    head = report.header(*command.split(), *(row["method"] for row in ordered))
+    report.write(path, head | {"common": COMMON}, ordered)
 
 
 def main() -> None:

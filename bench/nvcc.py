@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def main() -> None:
         from bench.report import header, write
 
         release = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-        head = header([]) | {"command": f"python bench/nvcc.py --out {options.out}", "date": time.strftime("%Y-%m-%d")}
+        head = header("python", "bench/nvcc.py", "--out", str(options.out))
         write(options.out, head | {"nvcc": re.search(r"V([\d.]+)", release)[1], "flags": FLAGS}, rows)
     if spilled := [f"{row['kernel']}<{row['constants']}>" for row in rows if row["spilled_bytes"]]:
         raise SystemExit(f"these kernels spill registers: {', '.join(spilled)}")

@@ -35,14 +35,14 @@ def versions_line() -> str:
     return f"fastnas {known['fastnas']}, torch {known['torch']}, Python {known['python']}{commit}{dirty}"
 
 
-def header(arguments: Sequence[str]) -> dict[str, Any]:
-    """Everything of the file but the rows; ``arguments`` are pytest's."""
+def header(*command: str) -> dict[str, Any]:
+    """Everything of the file but the rows; ``command``: the words that were run."""
     return {
         "machine": machine_line(),
         "load": round(os.getloadavg()[0], 2),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
-        "command": shlex.join(["pytest", *arguments]),
+        "command": shlex.join(command),
     }
 
 
@@ -52,3 +52,11 @@ def write(path: Path, head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> N
     body = ",\n".join(json.dumps(row) for row in rounded)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head, indent=1)[:-2] + ',\n "rows": [\n' + body + "\n]}\n")
+
+
+def save(target: str, report: dict[str, Any]) -> None:
+    """A report whose rows have names, as one line to standard output where ``target`` is ``-``, else to that file."""
+    if target == "-":
+        print(json.dumps(report))
+    else:
+        Path(target).write_text(json.dumps(report, indent=1) + "\n")

@@ -9,7 +9,7 @@ losses of the first and the last epoch are from it, and the processor time of th
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.report import machine_line
-from fastnas.runs import versions
+from bench.report import header, write
 from fastnas.search import SearchResult, resolve, run_search
 from fastnas.spaces.agreement import edge_agreement
 
@@ -62,23 +61,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=6)
     arguments = parser.parse_args()
-    methods = " ".join(arguments.methods)
-    table: dict[str, Any] = {
-        "machine": machine_line(),
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m bench.reproducibility --out {arguments.out} --epochs {arguments.epochs} {methods}",
-        "rows": [],
-    }
+    head = header("python", "-m", "bench.reproducibility", *sys.argv[1:])
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for method in arguments.methods:
             runs: list[SearchResult] = []
             for variant, more in VARIANTS.items():
                 result, seconds = search(method, arguments.epochs, more, Path(folder) / f"{method}-{len(runs)}")
                 runs.append(result)
-                table["rows"].append(row(method, variant, result, seconds, runs[0]))
-                print(table["rows"][-1], flush=True)
-                arguments.out.write_text(json.dumps(table, indent=1) + "\n")
+                rows.append(row(method, variant, result, seconds, runs[0]))
+                print(rows[-1], flush=True)
+                write(arguments.out, head, rows)
 
 
 if __name__ == "__main__":

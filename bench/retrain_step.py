@@ -12,8 +12,6 @@ run takes minutes.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -28,13 +26,12 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fastnas
-from bench.report import machine_line
+from bench.report import header, save
 from bench.timing import ratio
 from fastnas.engine.derived import DerivedNetwork
 from fastnas.engine.retraining import Arithmetic
 from fastnas.engine.training import settled_heap
 from fastnas.retrain import RetrainSettings
-from fastnas.runs import versions
 from fastnas.spaces import load_genotype
 
 ROWS = {
@@ -127,19 +124,12 @@ def main(arguments: Sequence[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [row.strip() for row in given.rows.split(",")]
     report = {
-        "machine": machine_line(),
+        **header("python", "bench/retrain_step.py", *arguments),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "bench/retrain_step.py", *arguments]),
         "batch": given.batch,
         "rows": {name: measure(rows, name, given.batch, given.rounds, device) for name in given.genotypes.split(",")},
     }
-    text = json.dumps(report, indent=None if given.json == "-" else 1)
-    if given.json == "-":
-        print(text)
-    else:
-        Path(given.json).write_text(text + "\n")
+    save(given.json, report)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,9 @@ keeps its maps in bfloat16, and `fused_graph` replays a search step that was rec
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,12 +27,11 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.footprints import status
-from bench.report import machine_line
+from bench.report import header, save
 from bench.step_rows import GRAPH, HALF, METHODS, PARTS, ROWS, Problem, Row, compiled_cells
 from bench.sweep import sweep
 from fastnas.engine.training import settled_heap
 from fastnas.errors import UserError
-from fastnas.runs import versions
 
 COMPILED = "plain_compile"
 BREAKDOWNS = 3  # runs that parts_ms is the median of
@@ -122,12 +118,7 @@ def main(arguments: Sequence[str]) -> None:
         print(resident_growth(names[0], problem))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report: dict[str, Any] = {
-        "machine": machine_line(),
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "bench/search_step.py", *arguments]),
-    }
+    report = header("python", "bench/search_step.py", *arguments)
     if given.sweep:
 
         def times(**change: int) -> dict[str, float]:
@@ -146,11 +137,7 @@ def main(arguments: Sequence[str]) -> None:
             sizes = [f"--{field.name}={getattr(problem, field.name)}" for field in fields(Problem)]
             for name in report["rows"].keys() - {COMPILED}:
                 report["rows"][name]["resident_growth_bytes"] = _resident_elsewhere(name, sizes)
-    text = json.dumps(report, indent=None if given.json == "-" else 1)
-    if given.json == "-":
-        print(text)
-    else:
-        Path(given.json).write_text(text + "\n")
+    save(given.json, report)
 
 
 if __name__ == "__main__":

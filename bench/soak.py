@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -20,9 +18,12 @@ from typing import Any
 
 import torch
 
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.report import header, write
 from fastnas.engine.training import settled_heap
 from fastnas.methods import Method
-from fastnas.runs import versions
 from fastnas.search import build_method, resolve
 
 SETTLED = 50  # steps after which every buffer has been made
@@ -98,9 +99,7 @@ def main() -> None:
         rows.append(soak(name, arguments.steps))
         print(rows[-1], flush=True)
     if arguments.out:
-        head = {"machine": f"{platform.machine()}, one thread", "date": time.strftime("%Y-%m-%d")}
-        head |= {"versions": versions(), "command": " ".join(["python", *sys.argv]), "settled_after_steps": SETTLED}
-        arguments.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+        write(arguments.out, header("python", *sys.argv) | {"settled_after_steps": SETTLED}, rows)
 
 
 if __name__ == "__main__":

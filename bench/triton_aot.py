@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.report import header, write
 
 RESULTS = Path(__file__).parent / "results" / "triton_aot.json"
 CONFIGS = Path(__file__).parents[1] / "kernels" / "configs"
@@ -393,10 +398,8 @@ def main() -> int:
     jobs = launches(args.kernel, args.dtype, args.quick)
     rows = list(compile_all(jobs, args.arch, args.processes))
     print("\n".join(summary(rows)))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    header = {"torch": torch.__version__, "triton": triton.__version__, "archs": args.arch}
-    body = ",\n".join(json.dumps(row) for row in rows)
-    args.out.write_text(json.dumps(header)[:-1] + ', "rows": [\n' + body + "\n]}\n")
+    head = header("python", "bench/triton_aot.py", *sys.argv[1:])
+    write(args.out, head | {"triton": triton.__version__, "archs": args.arch}, rows)
     return int(any(row["spilled_bytes"] for row in rows))
 
 

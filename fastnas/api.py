@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fastnas import retrain, search
+from fastnas.repeated_runs import started
 from fastnas.retrain import RetrainResult
 from fastnas.search import SearchResult
-from fastnas.seeds import started
 
 
 def search_network(out: str | Path, *, quiet: bool = True, **settings: Any) -> SearchResult:

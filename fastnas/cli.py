@@ -62,6 +62,13 @@ class ArgumentParser(argparse.ArgumentParser):
         return namespace
 
 
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise UserError when a flag that was given, by the name of its attribute, is below 1."""
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"{name.replace('_', '-')} must be at least 1, got {value}")
+
+
 def run_command(
     main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None, *, several: bool = False
 ) -> NoReturn:

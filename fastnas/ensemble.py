@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastnas._files import replace_file
-from fastnas.cli import ArgumentParser, run_command
+from fastnas.cli import ArgumentParser, check_positive, run_command
 from fastnas.engine.training import evaluate
 from fastnas.errors import UserError
 from fastnas.methods.parsec import SlotDistribution
@@ -91,8 +91,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    if arguments.members < 1:
-        raise UserError(f"members must be at least 1, got {arguments.members}")
+    check_positive(arguments, "members")
     flags = given_settings(arguments)
     out = arguments.out or default_run_path("ensemble", str(flags.get("data", DataSettings.data)))
     result = run_ensemble(arguments.run, arguments.members, flags, out, quiet=arguments.quiet)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastnas import _backends, _ext
-from fastnas.cli import ArgumentParser, run_command
+from fastnas.cli import ArgumentParser, check_positive, run_command
 from fastnas.engine.networks import build_network
 from fastnas.engine.stems import STEMS
 from fastnas.errors import UserError
@@ -147,9 +147,7 @@ def main(argv: list[str]) -> None:
     if arguments.genotype is None:
         print(describe_installation())
         return
-    for name in ("cells", "image_size", "classes", "in_channels"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    check_positive(arguments, "cells", "image_size", "classes", "in_channels")
     given = {key: value for key, value in vars(arguments).items() if key not in ("genotype", "debug", "latency")}
     facts = describe_network(arguments.genotype, **given)
     if arguments.latency is not None:

@@ -24,10 +24,6 @@ class Latency:
     high_ms: float
     runs: int
 
-    @property
-    def images_per_second(self) -> float:
-        return 1000 * self.batch / self.median_ms
-
 
 def measure_latency(
     network: nn.Module,

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fastnas._files import replace_file
-from fastnas.cli import ArgumentParser, run_command
+from fastnas.cli import ArgumentParser, check_positive, run_command
 from fastnas.config import add_flags, given
 from fastnas.engine.supernet import EXECUTORS
 from fastnas.errors import UserError, did_you_mean
@@ -237,9 +237,7 @@ def _settings() -> list[type]:
 
 def main(argv: list[str]) -> None:
     arguments = build_parser().parse_args(argv)
-    for name in ("image_size", "in_channels", "classes", "steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    check_positive(arguments, "image_size", "in_channels", "classes", "steps")
     device = _device(arguments.device, needed=arguments.measure)
     if arguments.snapshot and not (arguments.measure and device.type == "cuda"):
         raise UserError("--snapshot needs --measure on a CUDA device: drop it")

@@ -22,7 +22,7 @@ import torch
 
 from fastnas import distributed, processes
 from fastnas._files import replace_file
-from fastnas.cli import ArgumentParser, run_command
+from fastnas.cli import ArgumentParser, check_positive, run_command
 from fastnas.data import Data
 from fastnas.engine.checkpoint import load_checkpoint
 from fastnas.engine.choice_blocks import ChoiceBlockNetwork
@@ -211,9 +211,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    for name in ("samples", "images", "threads"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(arguments, name)}")
+    check_positive(arguments, "samples", "images", "threads")
     shard, shards = processes.rank(), processes.world_size()
     if arguments.shard is not None:
         if shards > 1:

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastnas._files import replace_file
-from fastnas.cli import ArgumentParser, run_command
+from fastnas.cli import ArgumentParser, check_positive, run_command
 from fastnas.config import WHICH_DATA, as_flags
-from fastnas.errors import UserError
+from fastnas.repeated_runs import deviation, seed_runs
 from fastnas.report.cells import describe_cells, draw_cells
 from fastnas.report.comparison import render_comparison
 from fastnas.report.records import read_record
 from fastnas.runs import default_run_path
 from fastnas.search import Plan, SearchResult, add_search_flags, given_settings, resolve, run_search
-from fastnas.seeds import deviation, seed_runs
 from fastnas.spaces.agreement import edge_agreement
 
 
@@ -99,8 +98,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    if arguments.seeds < 1:
-        raise UserError(f"seeds must be at least 1, got {arguments.seeds}")
+    check_positive(arguments, "seeds")
     plan = resolve(given_settings(arguments))
     out = arguments.out or default_run_path(plan.search.method, plan.data.data)
     repeated = run_repeated(plan, arguments.seeds, out, quiet=arguments.quiet)

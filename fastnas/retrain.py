@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastnas import distributed, processes
 from fastnas._files import replace_file
@@ -28,11 +28,19 @@ from fastnas.cli import ArgumentParser, resumable, run_command
 from fastnas.config import WHICH_DATA, add_flags, as_flags, given, merge, option, preset_names, read_preset, read_toml
 from fastnas.data import Data
 from fastnas.engine import networks
-from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastnas.engine.checkpoint import fits_settings_of, load_checkpoint, save_checkpoint
 from fastnas.engine.derived import DerivedNetwork
-from fastnas.engine.retraining import PRECISIONS, SCHEDULES, Arithmetic, WeightAverage, learning_rate
+from fastnas.engine.retraining import PRECISIONS, Arithmetic, WeightAverage
 from fastnas.engine.stems import STEMS
-from fastnas.engine.training import Means, accuracy, average_gradients, evaluate, set_learning_rate
+from fastnas.engine.training import (
+    SCHEDULES,
+    Means,
+    accuracy,
+    average_gradients,
+    evaluate,
+    learning_rate,
+    set_learning_rate,
+)
 from fastnas.errors import UserError
 from fastnas.hashes import run_hashes
 from fastnas.profiler.counts import Counts
@@ -136,49 +144,19 @@ def run_retrain(
     Checkpoints and resuming work as in `fastnas.search.run_search`. Raises UserError for wrong settings.
     """
     settings = plan.retrain
-    genotype = load_genotype(settings.genotype)
     device = prepare(plan.runtime)
     data = load_data(plan.data, plan.runtime, device)
     card = _card(settings, data)
     counts = card.counts()
     _check_size(settings, counts)
-    arithmetic = Arithmetic.choose(
-        device, fused=settings.fused, channels_last=settings.channels_last, precision=settings.precision
-    )
-    network = arithmetic.prepare(build_network(plan, data.num_classes, data.channels))
-    average = WeightAverage(network, settings.ema) if settings.ema else None
-    optimizer = torch.optim.SGD(
-        network.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
-    )
+    training = _Training(plan, data, device)
     stream = data.train_and_search.stream(settings.batch_size, seed=plan.runtime.seed, **processes.share())
-
-    first_epoch = 0
     if resume is None:
-        config = plan.as_mapping() | {"hashes": run_hashes(plan.as_mapping() | {"genotype": genotype.to_json()}, data)}
-        run = RunFolder.create(out or default_run_path("retrain", plan.data.data), config)
-        run.write_genotype(genotype)
-        run.write_cells(draw_cells(genotype))
-        write_card(run.path, card)
-        _save(run, -1, network, optimizer, average)
+        run, first_epoch = _new_run(plan, data, card, training, out), 0
     else:
-        run = RunFolder.open(resume)
-        state = load_checkpoint(run.checkpoint_path, method=CHECKPOINT_KIND)
-        try:
-            network.load_state_dict(state["network"])
-            optimizer.load_state_dict(state["optimizer"])
-            if average is not None:
-                average.load(state["ema"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"the checkpoint of {run.path} does not fit the settings in its config.toml: "
-                "put back the settings that it was made with, or start a new run"
-            ) from error
-        first_epoch = state["epoch"] + 1
-        run.truncate(first_epoch - 1)
+        run, first_epoch = _resumed_run(training, resume)
 
-    cross_entropy = partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
-    state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-    same = {"settings": asdict(settings), "labels": data.train_and_search.labels, "state": state}
+    same = {"settings": asdict(settings), "labels": data.train_and_search.labels, "state": training.state_dict()}
     distributed.check_start(same, settings.batch_size, quiet=quiet)
     steps = len(stream)
     batches = stream.from_step(first_epoch * steps)
@@ -186,39 +164,10 @@ def run_retrain(
         for epoch in range(first_epoch, settings.epochs):
             started = time.perf_counter()
             progress.start_epoch(epoch)
-            # Drop path draws from PyTorch's generator: seeded by the epoch, so that resuming needs no state of it, and
-            # by the rank, whose images are others.
-            torch.manual_seed(((plan.runtime.seed + (processes.rank() << 32)) * 1_000_003 + epoch) % 2**63)
-            rate = learning_rate(
-                epoch,
-                settings.epochs,
-                settings.lr,
-                settings.lr_min,
-                schedule=settings.schedule,
-                warmup=settings.lr_warmup_epochs,
-            )
-            set_learning_rate(optimizer, rate)
-            network.train()
-            of_cells = isinstance(network, DerivedNetwork)
-            if of_cells:
-                network.set_drop_path(settings.drop_path * epoch / settings.epochs)
+            training.start_epoch(epoch)
             means = Means()
-            for step in range(epoch * steps, (epoch + 1) * steps):
-                x, y = next(batches)
-                x = arithmetic.images(x)
-                with arithmetic.autocast():
-                    logits, auxiliary_logits = network.forward_with_auxiliary(x) if of_cells else (network(x), None)
-                loss = cross_entropy(logits.float(), y)
-                figures = {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
-                if auxiliary_logits is not None:
-                    loss = loss + settings.auxiliary_weight * cross_entropy(auxiliary_logits.float(), y)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                average_gradients(list(network.parameters()))
-                torch.nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
-                optimizer.step()
-                if average is not None:
-                    average.update(network, step)
+            for index in range(epoch * steps, (epoch + 1) * steps):
+                figures = training.step(index, *next(batches))
                 means.add(figures)
                 progress.step(figures)
             record = {"epoch": epoch, **means.read()}
@@ -227,23 +176,118 @@ def run_retrain(
                     f"the training loss is no longer a number in epoch {epoch + 1}: start again with a smaller --lr; "
                     f"the epochs before it are in {run.path}"
                 )
-            replicas = {"network": network.state_dict(), "average": {} if average is None else average.state}
-            for state in replicas.values():
-                distributed.average_statistics(state)
-            distributed.check_replicas(replicas, epoch)
+            training.end_epoch(epoch)
             run.append_metrics(record)
             run.append_timing({"epoch": epoch, "train_s": time.perf_counter() - started})
-            _save(run, epoch, network, optimizer, average)
+            _save(run, epoch, training)
             progress.end_epoch(record)
 
-    if average is not None:
-        network.load_state_dict(average.state)
-    network.eval()
-    figures = evaluate(network, data.test.batches(settings.batch_size, **processes.share()))
+    figures = evaluate(training.tested(), data.test.batches(settings.batch_size, **processes.share()))
     result = RetrainResult(figures["accuracy"], figures["loss"], counts.parameters, counts.multiply_adds, run)
     summary = {key: value for key, value in vars(result).items() if key != "run"}
     replace_file(run.path / "result.json", [(json.dumps(summary) + "\n").encode()])
     return result
+
+
+class _Training:
+    """A network, its optimiser and, with `--ema`, its averaged weights: what a step changes and a checkpoint holds."""
+
+    def __init__(self, plan: Plan, data: Data, device: torch.device) -> None:
+        self.settings = settings = plan.retrain
+        self.seed = plan.runtime.seed
+        self.arithmetic = Arithmetic.choose(
+            device, fused=settings.fused, channels_last=settings.channels_last, precision=settings.precision
+        )
+        self.network = self.arithmetic.prepare(build_network(plan, data.num_classes, data.channels))
+        self.of_cells = isinstance(self.network, DerivedNetwork)
+        self.average = WeightAverage(self.network, settings.ema) if settings.ema else None
+        self.optimizer = torch.optim.SGD(
+            self.network.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
+        )
+        self.cross_entropy = partial(F.cross_entropy, label_smoothing=settings.label_smoothing)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set what depends on the epoch: the learning rate, drop path and its random numbers."""
+        settings = self.settings
+        # Drop path draws from PyTorch's generator: seeded by the epoch, so that resuming needs no state of it, and
+        # by the rank, whose images are others.
+        torch.manual_seed(((self.seed + (processes.rank() << 32)) * 1_000_003 + epoch) % 2**63)
+        rate = learning_rate(
+            epoch,
+            settings.epochs,
+            settings.lr,
+            settings.lr_min,
+            schedule=settings.schedule,
+            warmup=settings.lr_warmup_epochs,
+        )
+        set_learning_rate(self.optimizer, rate)
+        self.network.train()
+        if self.of_cells:
+            self.network.set_drop_path(settings.drop_path * epoch / settings.epochs)
+
+    def step(self, index: int, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """One SGD step, `index` counted over the whole training; loss and accuracy of the main classifier."""
+        x = self.arithmetic.images(x)
+        with self.arithmetic.autocast():
+            logits, auxiliary = self.network.forward_with_auxiliary(x) if self.of_cells else (self.network(x), None)
+        loss = self.cross_entropy(logits.float(), y)
+        figures = {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
+        if auxiliary is not None:
+            loss = loss + self.settings.auxiliary_weight * self.cross_entropy(auxiliary.float(), y)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        average_gradients(list(self.network.parameters()))
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.grad_clip)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.network, index)
+        return figures
+
+    def end_epoch(self, epoch: int) -> None:
+        """Make the running statistics of all processes one, and see that nothing else differs."""
+        replicas = {"network": self.network.state_dict(), "average": {} if self.average is None else self.average.state}
+        for state in replicas.values():
+            distributed.average_statistics(state)
+        distributed.check_replicas(replicas, epoch)
+
+    def tested(self) -> nn.Module:
+        """The network in evaluation, with the averaged weights if there are any."""
+        if self.average is not None:
+            self.network.load_state_dict(self.average.state)
+        return self.network.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state if self.average is None else state | {"ema": self.average.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load(state["ema"])
+
+
+def _new_run(plan: Plan, data: Data, card: NetworkCard, training: _Training, out: Path | None) -> RunFolder:
+    """A folder with the settings, the genotype and the state at the start."""
+    hashed = plan.as_mapping() | {"genotype": card.genotype.to_json()}
+    run = RunFolder.create(
+        out or default_run_path("retrain", plan.data.data), plan.as_mapping() | {"hashes": run_hashes(hashed, data)}
+    )
+    run.write_genotype(card.genotype)
+    run.write_cells(draw_cells(card.genotype))
+    write_card(run.path, card)
+    _save(run, -1, training)
+    return run
+
+
+def _resumed_run(training: _Training, folder: Path) -> tuple[RunFolder, int]:
+    """The run in `folder`, its state loaded, and the epoch that comes next; what came after its checkpoint is cut."""
+    run = RunFolder.open(folder)
+    state = load_checkpoint(run.checkpoint_path, method=CHECKPOINT_KIND)
+    with fits_settings_of(run.path):
+        training.load_state_dict(state)
+    run.truncate(state["epoch"])
+    return run, state["epoch"] + 1
 
 
 def _warn_of_other_data(plan: Plan, flags: Mapping[str, Any]) -> None:
@@ -284,18 +328,9 @@ def _check_size(settings: RetrainSettings, counts: Counts) -> None:
         )
 
 
-def _save(
-    run: RunFolder,
-    epoch: int,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
-) -> None:
+def _save(run: RunFolder, epoch: int, training: _Training) -> None:
     """Checkpoint after `epoch`; -1 is before the first one."""
-    state = {"epoch": epoch, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-    if average is not None:
-        state["ema"] = average.state
-    save_checkpoint(run.checkpoint_path, state, method=CHECKPOINT_KIND)
+    save_checkpoint(run.checkpoint_path, {"epoch": epoch, **training.state_dict()}, method=CHECKPOINT_KIND)
 
 
 def add_retraining_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastnas._files import replace_file
-from fastnas.cli import ArgumentParser, run_command
-from fastnas.errors import UserError
+from fastnas.cli import ArgumentParser, check_positive, run_command
+from fastnas.repeated_runs import deviation, seed_runs
 from fastnas.retrain import Plan, add_retraining_flags, given_settings, resolve, run_retrain
 from fastnas.runs import default_run_path
-from fastnas.seeds import deviation, seed_runs
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
-    if arguments.seeds < 1:
-        raise UserError(f"seeds must be at least 1, got {arguments.seeds}")
+    check_positive(arguments, "seeds")
     plan = resolve(given_settings(arguments))
     out = arguments.out or default_run_path("retrain", plan.data.data)
     result = run_seeds(plan, arguments.seeds, out, quiet=arguments.quiet)

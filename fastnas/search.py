@@ -22,7 +22,7 @@ from fastnas import distributed, processes
 from fastnas.cli import ArgumentParser, resumable, run_command
 from fastnas.config import WHICH_DATA, add_flags, as_flags, given, merge, option, preset_names, read_preset
 from fastnas.data import Data, Split
-from fastnas.engine.checkpoint import load_checkpoint, save_checkpoint
+from fastnas.engine.checkpoint import fits_settings_of, load_checkpoint, save_checkpoint
 from fastnas.engine.graphs import capture_steps
 from fastnas.engine.training import Batch, Means, settled_heap
 from fastnas.errors import UserError, is_out_of_memory
@@ -212,25 +212,7 @@ def _search(
     search_batch = max(count, min(batch_size, len(data.search) // count * count))
     search_stream = data.search.stream(search_batch, seed=seed, **processes.share())
 
-    first_epoch = 0
-    if resume is None:
-        config = plan.as_mapping() | {"hashes": run_hashes(plan.as_mapping(), data)}
-        run = RunFolder.create(out or default_run_path(plan.search.method, plan.data.data), config)
-        _save(run, -1, method)
-    else:
-        run = RunFolder.open(resume)
-        state = load_checkpoint(run.checkpoint_path, method=plan.search.method)
-        try:
-            method.load_state_dict(state["method"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"the checkpoint of {run.path} does not fit the settings in its config.toml: "
-                "put back the settings that it was made with, or start a new run"
-            ) from error
-        torch.set_rng_state(state["rng"])
-        first_epoch = state["epoch"] + 1
-        run.truncate(first_epoch - 1)
-
+    run, first_epoch = _new_run(plan, data, method, out) if resume is None else _resumed_run(plan, method, resume)
     settings = [asdict(group) for group in (plan.search, plan.weights, plan.method)]
     same = {"settings": settings, "labels": data.train.labels, "state": method.state_dict()}
     distributed.check_start(same, batch_size, quiet=quiet)
@@ -263,13 +245,7 @@ def _search(
             trained = time.perf_counter()
             distributed.average_statistics(method.state_dict())
             record |= method.end_epoch(_Passes(data.search, batch_size))
-            broken = [name.replace("_", " ") for name, value in record.items() if not _is_finite(value)]
-            if broken:
-                run.append_timing({"epoch": epoch, "stopped": f"{broken[0]} is no longer a number"})
-                raise UserError(
-                    f"{broken[0]} is no longer a number in epoch {epoch + 1}: start again with a smaller --lr; "
-                    f"the epochs before it are in {run.path}"
-                )
+            _check_finite(record, run)
             distributed.check_replicas(method.state_dict(), epoch)
             genotype = method.derive()
             cells = skips_and_edges(genotype)
@@ -293,6 +269,36 @@ def _search(
         again = f"python -m fastnas.report {shlex.quote(str(run.path))}"
         warnings.warn(f"the report could not be made ({error}); make it with: {again}", stacklevel=2)
     return SearchResult(genotype, run)
+
+
+def _new_run(plan: Plan, data: Data, method: Method, out: Path | None) -> tuple[RunFolder, int]:
+    """A folder with the settings and the state at the start, and the first epoch."""
+    config = plan.as_mapping() | {"hashes": run_hashes(plan.as_mapping(), data)}
+    run = RunFolder.create(out or default_run_path(plan.search.method, plan.data.data), config)
+    _save(run, -1, method)
+    return run, 0
+
+
+def _resumed_run(plan: Plan, method: Method, folder: Path) -> tuple[RunFolder, int]:
+    """The run in `folder`, its state loaded, and the epoch that comes next; what came after its checkpoint is cut."""
+    run = RunFolder.open(folder)
+    state = load_checkpoint(run.checkpoint_path, method=plan.search.method)
+    with fits_settings_of(run.path):
+        method.load_state_dict(state["method"])
+    torch.set_rng_state(state["rng"])
+    run.truncate(state["epoch"])
+    return run, state["epoch"] + 1
+
+
+def _check_finite(record: Mapping[str, Any], run: RunFolder) -> None:
+    """Raise UserError, and note it in the run, when a figure of the epoch is no number."""
+    broken = [name.replace("_", " ") for name, value in record.items() if not _is_finite(value)]
+    if broken:
+        run.append_timing({"epoch": record["epoch"], "stopped": f"{broken[0]} is no longer a number"})
+        raise UserError(
+            f"{broken[0]} is no longer a number in epoch {record['epoch'] + 1}: start again with a smaller --lr; "
+            f"the epochs before it are in {run.path}"
+        )
 
 
 def _warn_of_collapse(skips: float, edges: int, progress: Progress) -> None:

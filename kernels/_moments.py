@@ -1,9 +1,22 @@
-"""Mean and variance of rows from those of their tiles; shared by the kernels that measure statistics."""
+"""Sums, means and variances of rows from those of their tiles, in float64."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def sum_rows(p_parts, o_r, R, T, BR: tl.constexpr, BT: tl.constexpr):
+    """Sums [BR] of the rows o_r of ``parts [R, T]``, always added in the same order."""
+    o_t = tl.arange(0, BT)
+    b_sum = tl.zeros((BR, BT), tl.float64)
+    start = 0
+    while start < T:
+        m = (o_r < R)[:, None] & (start + o_t < T)[None, :]
+        b_sum += tl.load(p_parts + o_r[:, None] * T + start + o_t[None, :], mask=m, other=0.0).to(tl.float64)
+        start += BT
+    return tl.sum(b_sum, 1)
 
 
 @triton.jit

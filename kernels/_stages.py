@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnas.kernels import _launch
-from fastnas.kernels._moments import combine_moments
+from fastnas.kernels._moments import combine_moments, sum_rows
 
 
 def pitch(x: Tensor) -> int:
@@ -55,6 +55,16 @@ def tiles(kernel: str, x: Tensor, channels: int) -> tuple[int, int, dict[str, An
     bq = min(size // bc, triton.next_power_of_2(positions))
     _, acc = _launch.accumulate_in(x.dtype)
     return triton.cdiv(positions, bq), triton.cdiv(channels, bc), {"ACC": acc, "BQ": bq, "BC": bc, **at}
+
+
+@triton.jit
+def position_tile(Q, C, BQ: tl.constexpr, BC: tl.constexpr):
+    """Number of this program's tile along the positions, its positions [BQ], channels [BC] and mask [BQ, BC]."""
+    T = tl.cdiv(Q, BQ)
+    i_t = tl.program_id(0) % T
+    o_c = tl.program_id(0) // T * BC + tl.arange(0, BC)
+    o_q = i_t * BQ + tl.arange(0, BQ)
+    return i_t, o_q, o_c, (o_q < Q)[:, None] & (o_c < C)[None, :]
 
 
 @triton.jit
@@ -127,15 +137,8 @@ def stage_sums_kernel(p_parts, p_out, R, T, BR: tl.constexpr, BT: tl.constexpr):
     Grid: R / BR programs. Tile: BR rows by BT parts. Reads R T parts once, writes R numbers. Bound by its launch.
     """
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    o_t = tl.arange(0, BT)
-    b_sum = tl.zeros((BR, BT), tl.float64)
-    start = 0
-    while start < T:
-        m = (o_r < R)[:, None] & (start + o_t < T)[None, :]
-        b_sum += tl.load(p_parts + o_r[:, None] * T + start + o_t[None, :], mask=m, other=0.0)
-        start += BT
     to = p_out.dtype.element_ty
-    b_out = tl.sum(b_sum, 1)
+    b_out = sum_rows(p_parts, o_r, R, T, BR, BT)
     tl.store(p_out + o_r, b_out.to(tl.float32).to(to) if to != tl.float64 else b_out, mask=o_r < R)
 
 

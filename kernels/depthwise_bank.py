@@ -11,31 +11,7 @@ from torch import Tensor
 
 from fastnas._layout import empty_map
 from fastnas.kernels._launch import accumulate_in, config, laid_out_as, launch, ordered_sum, planes, tile
-
-
-@triton.jit
-def _at(p, o_h, o_w, H, W, s_h, s_w, m, other, ACC: tl.constexpr):
-    """Pixels (o_h, o_w) [BP] of the planes ``p`` [BC, 1]; ``other`` outside the map."""
-    inside = m & ((o_h >= 0) & (o_h < H) & (o_w >= 0) & (o_w < W))[None, :]
-    return tl.load(p + (o_h.to(tl.int64) * s_h + o_w.to(tl.int64) * s_w)[None, :], mask=inside, other=other).to(ACC)
-
-
-@triton.jit
-def _tile(C, P, BC: tl.constexpr, BP: tl.constexpr):
-    """Image, channels [BC], pixels [BP] and mask [BC, BP] of this program's tile."""
-    TC, TP = tl.cdiv(C, BC), tl.cdiv(P, BP)
-    i = tl.program_id(0)
-    o_c = (i // TP % TC).to(tl.int64) * BC + tl.arange(0, BC)
-    o_p = i % TP * BP + tl.arange(0, BP)
-    return (i // (TP * TC)).to(tl.int64), o_c, o_p, (o_c < C)[:, None] & (o_p < P)[None, :]
-
-
-@triton.jit
-def _window_count(o_h, o_w, H, W, STRIDE: tl.constexpr):
-    """Pixels inside the map of the 3x3 windows (o_h, o_w) [BP]; 1 for windows that are outside."""
-    rows = tl.minimum(o_h * STRIDE + 2, H) - tl.maximum(o_h * STRIDE - 1, 0)
-    columns = tl.minimum(o_w * STRIDE + 2, W) - tl.maximum(o_w * STRIDE - 1, 0)
-    return tl.maximum(rows, 1) * tl.maximum(columns, 1)
+from fastnas.kernels._maps import image_tile, pixels, takes_over, window_count
 
 
 @triton.jit
@@ -74,7 +50,7 @@ def depthwise_bank_fwd_kernel(
     the other, so that one accumulator is alive. Reads x from memory once (k^2 times from the level 1 cache), writes
     each y once. Bound by the issue of loads: one a tap, where memory would allow three times as many taps.
     """
-    i_b, o_c, o_p, m = _tile(C, P, BC, BP)
+    i_b, o_c, o_p, m = image_tile(C, P, BC, BP)
     o_h, o_w = o_p // WO * STRIDE, o_p % WO * STRIDE
     p_in = p_x + i_b * x_b + o_c[:, None] * x_c  # [BC, 1]
     o_y = i_b * y_b + o_c[:, None] * y_c + o_p[None, :] * y_p
@@ -83,7 +59,7 @@ def depthwise_bank_fwd_kernel(
         for t in range(SIZES[i] * SIZES[i]):
             h = o_h + (t // SIZES[i] - SIZES[i] // 2) * DILATIONS[i]
             w = o_w + (t % SIZES[i] - SIZES[i] // 2) * DILATIONS[i]
-            b_x = _at(p_in, h, w, H, W, x_h, x_w, m, 0.0, ACC)  # [BC, BP]
+            b_x = pixels(p_in, h, w, H, W, x_h, x_w, m, 0.0, ACC)  # [BC, BP]
             if RELU:
                 b_x = tl.where(b_x <= 0, 0.0, b_x)  # NaN stays
             b_w = tl.load(p_ws[i] + o_c * (SIZES[i] * SIZES[i]) + t, mask=o_c < C, other=0.0).to(ACC)  # [BC]
@@ -92,14 +68,14 @@ def depthwise_bank_fwd_kernel(
     if MAX:
         b_y = tl.full((BC, BP), float("-inf"), ACC)
         for t in range(9):
-            b_x = _at(p_in, o_h + t // 3 - 1, o_w + t % 3 - 1, H, W, x_h, x_w, m, float("-inf"), ACC)
-            b_y = tl.where((b_x > b_y) | (b_x != b_x), b_x, b_y)
+            b_x = pixels(p_in, o_h + t // 3 - 1, o_w + t % 3 - 1, H, W, x_h, x_w, m, float("-inf"), ACC)
+            b_y = tl.where(takes_over(b_x, b_y), b_x, b_y)
         tl.store(p_ys[N] + o_y, b_y.to(p_x.dtype.element_ty), mask=m)
     if AVG:
         b_y = tl.zeros((BC, BP), ACC)
         for t in range(9):
-            b_y += _at(p_in, o_h + t // 3 - 1, o_w + t % 3 - 1, H, W, x_h, x_w, m, 0.0, ACC)
-        b_y = b_y / _window_count(o_p // WO, o_p % WO, H, W, STRIDE).to(ACC)[None, :]
+            b_y += pixels(p_in, o_h + t // 3 - 1, o_w + t % 3 - 1, H, W, x_h, x_w, m, 0.0, ACC)
+        b_y = b_y / window_count(o_h, o_w, H, W).to(ACC)[None, :]
         tl.store(p_ys[N + MAX] + o_y, b_y.to(p_x.dtype.element_ty), mask=m)
 
 
@@ -128,15 +104,15 @@ def depthwise_bank_places_kernel(
 
     Grid and tile as forward. Reads x once, writes a byte an output.
     """
-    i_b, o_c, o_p, m = _tile(C, P, BC, BP)
+    i_b, o_c, o_p, m = image_tile(C, P, BC, BP)
     o_h, o_w = o_p // WO * STRIDE, o_p % WO * STRIDE
     p_in = p_x + i_b * x_b + o_c[:, None] * x_c  # [BC, 1]
     b_best = tl.full((BC, BP), float("-inf"), ACC)
     first = tl.where(o_h == 0, 3, 0) + tl.where(o_w == 0, 1, 0)  # for windows of nothing but -inf
     b_at = tl.zeros((BC, BP), tl.int32) + first[None, :]
     for t in range(9):
-        b_x = _at(p_in, o_h + t // 3 - 1, o_w + t % 3 - 1, H, W, x_h, x_w, m, float("-inf"), ACC)
-        takes = (b_x > b_best) | (b_x != b_x)
+        b_x = pixels(p_in, o_h + t // 3 - 1, o_w + t % 3 - 1, H, W, x_h, x_w, m, float("-inf"), ACC)
+        takes = takes_over(b_x, b_best)
         b_at = tl.where(takes, t, b_at)
         b_best = tl.where(takes, b_x, b_best)
     tl.store(p_places + i_b * y_b + o_c[:, None] * y_c + o_p[None, :] * y_p, b_at.to(tl.int8), mask=m)
@@ -180,7 +156,7 @@ def depthwise_bank_dx_kernel(
     Grid: B times C / BC times P / BP programs. Tile: BC channels by BP pixels of x, one image. Reads
     each g from memory once (k^2 times from the level 1 cache) and x once, writes dx once. Bound by the issue of loads.
     """
-    i_b, o_c, o_p, m = _tile(C, P, BC, BP)
+    i_b, o_c, o_p, m = image_tile(C, P, BC, BP)
     o_h, o_w = o_p // W, o_p % W
     H = P // W
     g_h = WO * g_p
@@ -192,7 +168,7 @@ def depthwise_bank_dx_kernel(
             h = o_h - (t // SIZES[i] - SIZES[i] // 2) * DILATIONS[i]
             w = o_w - (t % SIZES[i] - SIZES[i] // 2) * DILATIONS[i]
             m_t = m & ((h >= 0) & (w >= 0) & (h % STRIDE == 0) & (w % STRIDE == 0))[None, :]
-            b_g = _at(p_gs[i] + o_g, h // STRIDE, w // STRIDE, HO, WO, g_h, g_p, m_t, 0.0, ACC)  # [BC, BP]
+            b_g = pixels(p_gs[i] + o_g, h // STRIDE, w // STRIDE, HO, WO, g_h, g_p, m_t, 0.0, ACC)  # [BC, BP]
             b_w = tl.load(p_ws[i] + o_c * (SIZES[i] * SIZES[i]) + t, mask=o_c < C, other=0.0).to(ACC)  # [BC]
             b_part += b_w[:, None] * b_g
         b_dx += b_part
@@ -207,11 +183,11 @@ def depthwise_bank_dx_kernel(
             m_t = m & ((h >= 0) & (w >= 0) & (h % STRIDE == 0) & (w % STRIDE == 0))[None, :]
             h, w = h // STRIDE, w // STRIDE
             if MAX:
-                b_at = _at(p_places + o_g, h, w, HO, WO, g_h, g_p, m_t, -1, tl.int32)
-                b_part += tl.where(b_at == t, _at(p_gs[N] + o_g, h, w, HO, WO, g_h, g_p, m_t, 0.0, ACC), 0.0)
+                b_at = pixels(p_places + o_g, h, w, HO, WO, g_h, g_p, m_t, -1, tl.int32)
+                b_part += tl.where(b_at == t, pixels(p_gs[N] + o_g, h, w, HO, WO, g_h, g_p, m_t, 0.0, ACC), 0.0)
             if AVG:
-                b_g = _at(p_gs[N + MAX] + o_g, h, w, HO, WO, g_h, g_p, m_t, 0.0, ACC)
-                b_part += b_g / _window_count(h, w, H, W, STRIDE).to(ACC)[None, :]
+                b_g = pixels(p_gs[N + MAX] + o_g, h, w, HO, WO, g_h, g_p, m_t, 0.0, ACC)
+                b_part += b_g / window_count(h * STRIDE, w * STRIDE, H, W).to(ACC)[None, :]
         b_dx += b_part
     o_dx = i_b * dx_b + o_c[:, None] * dx_c + o_p[None, :] * dx_p
     tl.store(p_dx + o_dx, b_dx.to(p_dx.dtype.element_ty), mask=m)
@@ -265,7 +241,7 @@ def depthwise_bank_dw_kernel(
             o_g = o_b[None, :] * g_b + o_c[:, None] * g_c + o_p[None, :] * g_p
             b_g = tl.load(p_g + o_g, mask=m, other=0.0).to(ACC)  # [BC, BQ]
             p_in = p_x + o_b[None, :] * x_b + o_c[:, None] * x_c
-            b_x = _at(p_in, o_h, o_w, H, W, x_h, x_w, m, 0.0, ACC)
+            b_x = pixels(p_in, o_h, o_w, H, W, x_h, x_w, m, 0.0, ACC)
             if RELU:
                 b_x = tl.where(b_x <= 0, 0.0, b_x)
             b_dw += b_g * b_x

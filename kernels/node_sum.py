@@ -9,7 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnas.kernels._launch import launch
-from fastnas.kernels._stages import new_parts, pick, pick_number, pitch, pitches, row_of, row_sums, tiles
+from fastnas.kernels._stages import (
+    new_parts,
+    pick,
+    pick_number,
+    pitch,
+    pitches,
+    position_tile,
+    row_of,
+    row_sums,
+    tiles,
+)
 
 
 @triton.jit
@@ -32,10 +42,8 @@ def node_sum_kernel(
     Grid: Q / BQ times C / BC programs. Tile: BQ positions by BC channels. Reads every term once, writes out once: N + 1
     times C Q elements, one more with ACCUMULATE. Bound by memory bandwidth. ``out`` may be one of the terms.
     """
-    T = tl.cdiv(Q, BQ)
-    o_c = tl.program_id(0) // T * BC + tl.arange(0, BC)
-    o_q = (tl.program_id(0) % T * BQ + tl.arange(0, BQ)).to(tl.int64)
-    m = (o_q < Q)[:, None] & (o_c < C)[None, :]
+    _, o_q, o_c, m = position_tile(Q, C, BQ, BC)
+    o_q = o_q.to(tl.int64)
     p_at = p_out + o_q[:, None] * out_pitch + o_c[None, :]
     b_out = tl.zeros((BQ, BC), ACC)
     if ACCUMULATE:

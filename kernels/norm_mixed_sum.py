@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnas.kernels._launch import accumulate_in, config, float_bits, laid_out_as, launch, ordered_sum, planes
-from fastnas.kernels._moments import combine_moments
+from fastnas.kernels._moments import combine_moments, sum_rows
 
 
 @triton.jit
@@ -178,17 +178,10 @@ def norm_mixed_sum_sums_kernel(
     Grid: R / BR programs. Tile: BR rows by BT parts. Reads R T parts once, writes R numbers. Bound by its launch.
     """
     o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    o_t = tl.arange(0, BT)
-    b_sum = tl.zeros((BR, BT), tl.float64)
-    start = 0
-    while start < T:
-        m = (o_r < R)[:, None] & (start + o_t < T)[None, :]
-        b_sum += tl.load(p_parts + o_r[:, None] * T + start + o_t[None, :], mask=m, other=0.0).to(tl.float64)
-        start += BT
     normalised = (o_r >= C) & (o_r < tl.cast(C, tl.int64) * (1 + K))
     b_var = tl.load(p_var + o_r - C, mask=normalised, other=1.0).to(tl.float64)
     b_r = tl.where(normalised, 1.0 / tl.sqrt(b_var + _eps(eps_bits, tl.float64)), 1.0)
-    tl.store(p_sums + o_r, (tl.sum(b_sum, 1) * b_r).to(p_sums.dtype.element_ty), mask=o_r < R)
+    tl.store(p_sums + o_r, (sum_rows(p_parts, o_r, R, T, BR, BT) * b_r).to(p_sums.dtype.element_ty), mask=o_r < R)
 
 
 @triton.jit(do_not_specialize=["eps_bits"])

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnas.kernels._launch import accumulate_in, launch
-from fastnas.kernels._stages import new_parts, pitch, pitches, row_sums, tiles
+from fastnas.kernels._maps import takes_over
+from fastnas.kernels._stages import new_parts, pitch, pitches, position_tile, row_sums, tiles
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def _pooled(p_x, x_pitch, image, h, w, H, W, o_c, m, STRIDE: tl.constexpr, ACC: 
     if STRIDE == 2:
         for t in tl.static_range(1, 4):
             b_at = _pixel(p_x, x_pitch, image, h * 2 + t // 2, w * 2 + t % 2, H, W, o_c, m, ACC)
-            b_x = tl.where((b_at > b_x) | (b_at != b_at), b_at, b_x)
+            b_x = tl.where(takes_over(b_at, b_x), b_at, b_x)
     return tl.where(m, b_x, 0.0)
 
 
@@ -62,21 +63,18 @@ def partial_join_kernel(
     Grid: Q / BQ times C / BC programs. Tile: BQ pixels by BC channels of out. Reads mixed and the bypassed channels of
     every x once, writes out once. Bound by memory bandwidth; neighbours of a node are S apart in a state.
     """
-    T = tl.cdiv(Q, BQ)
-    o_c = tl.program_id(0) // T * BC + tl.arange(0, BC)
-    o_q = tl.program_id(0) % T * BQ + tl.arange(0, BQ)
-    m_q = (o_q < Q)[:, None]
+    _, o_q, o_c, m = position_tile(Q, C, BQ, BC)
     group, o_i = o_c % K, o_c // K
     h, w, image = o_q // W % H, o_q % W, (o_q // (H * W)).to(tl.int64)
-    m_x = m_q & ((o_c < C) & (group > 0))[None, :]
+    m_x = m & (group > 0)[None, :]
     b_out = tl.zeros((BQ, BC), ACC)
     for n in tl.static_range(N):
         b_x = _pooled(p_xs[n], pitches[n], image, h, w, heights[n], widths[n], group * S + o_i, m_x, STRIDES[n], ACC)
         b_out += tl.load(p_betas + n).to(ACC) * b_x
-    m_mixed = m_q & ((o_c < C) & (group == 0))[None, :]
+    m_mixed = m & (group == 0)[None, :]
     o_q = o_q.to(tl.int64)[:, None]
     b_out += tl.load(p_mixed + o_q * mixed_pitch + o_i[None, :], mask=m_mixed, other=0.0).to(ACC)
-    tl.store(p_out + o_q * out_pitch + o_c[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q & (o_c < C)[None, :])
+    tl.store(p_out + o_q * out_pitch + o_c[None, :], b_out.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -107,10 +105,7 @@ def partial_join_bwd_kernel(
     Grid and tile as forward. Reads g and the bypassed channels of every x once, writes mixed and N numbers. Bound by
     memory bandwidth.
     """
-    T = tl.cdiv(Q, BQ)
-    o_c = tl.program_id(0) // T * BC + tl.arange(0, BC)
-    o_q = tl.program_id(0) % T * BQ + tl.arange(0, BQ)
-    m = (o_q < Q)[:, None] & (o_c < C)[None, :]
+    _, o_q, o_c, m = position_tile(Q, C, BQ, BC)
     group, o_i = o_c % K, o_c // K
     h, w, image = o_q // W % H, o_q % W, (o_q // (H * W)).to(tl.int64)
     b_g = tl.load(p_g + o_q.to(tl.int64)[:, None] * g_pitch + o_c[None, :], mask=m, other=0.0).to(ACC)
@@ -155,10 +150,7 @@ def partial_join_dx_kernel(
     by BC channels of x. Reads mixed, base and the bypassed channels of every g once (x four times from the cache at
     stride 2), writes dx once. Bound by memory bandwidth.
     """
-    T = tl.cdiv(X, BQ)
-    o_c = tl.program_id(0) // T * BC + tl.arange(0, BC)
-    o_x = tl.program_id(0) % T * BQ + tl.arange(0, BQ)
-    m = (o_x < X)[:, None] & (o_c < C)[None, :]
+    _, o_x, o_c, m = position_tile(X, C, BQ, BC)
     h, w, image = o_x // W % H, o_x % W, (o_x // (H * W)).to(tl.int64)
     m_g = m & (o_c >= S)[None, :]
     o_g = ((image * HO + h // STRIDE) * WO + w // STRIDE)[:, None]
@@ -173,7 +165,7 @@ def partial_join_dx_kernel(
         b_at = tl.zeros((BQ, BC), tl.int32)
         for t in tl.static_range(1, 4):
             b_x = _pixel(p_x, x_pitch, image, top + t // 2, left + t % 2, H, W, o_c, m_g, ACC)
-            takes = (b_x > b_max) | (b_x != b_x)
+            takes = takes_over(b_x, b_max)
             b_max = tl.where(takes, b_x, b_max)
             b_at = tl.where(takes, t, b_at)
         b_dx = tl.where(b_at == (h % 2 * 2 + w % 2)[:, None], b_dx, 0.0)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastnas._layout import empty_map
 from fastnas.kernels._launch import accumulate_in, config, launch, ordered_sum, planes, tile, walkable
+from fastnas.kernels._maps import image_tile, pixels, takes_over
 
 
 @triton.jit
@@ -29,20 +30,6 @@ def _places(o_c, p_channels, M, C, SUBSET: tl.constexpr, BM: tl.constexpr):
         groups = C // M
         j, g = o_c // groups, o_c % groups
         return g == 0, j, (g - 1) * M + j
-
-
-@triton.jit
-def _larger(b_best, b_x):
-    """The maximum as max_pool2d has it: NaN wins."""
-    return tl.where((b_x > b_best) | (b_x != b_x), b_x, b_best)
-
-
-@triton.jit
-def _window(p, o_h, o_w, dh: tl.constexpr, dw: tl.constexpr, H, W, s_h, s_w, m, ACC: tl.constexpr):
-    """Pixel (dh, dw) of each 2 x 2 window, -inf beyond the edge."""
-    h, w = 2 * o_h + dh, 2 * o_w + dw
-    inside = m & ((h < H) & (w < W))[None, :]
-    return tl.load(p + (h.to(tl.int64) * s_h + w * s_w)[None, :], mask=inside, other=float("-inf")).to(ACC)
 
 
 @triton.jit
@@ -82,12 +69,7 @@ def partial_shuffle_fwd_kernel(
     pixels in rows of WY. Reads each mixed tensor and the bypass once, writes y once: (K M + C - M + C) B P elements,
     and 3 (C - M) B P more when the bypass is pooled. Bound by memory bandwidth. Strides make the layout.
     """
-    TC, TP = tl.cdiv(C, BC), tl.cdiv(P, BP)
-    i = tl.program_id(0)
-    i_p, i_c, i_b = i % TP, i // TP % TC, (i // (TP * TC)).to(tl.int64)
-    o_c = i_c.to(tl.int64) * BC + tl.arange(0, BC)
-    o_p = i_p * BP + tl.arange(0, BP)
-    m = (o_c < C)[:, None] & (o_p < P)[None, :]
+    i_b, o_c, o_p, m = image_tile(C, P, BC, BP)
     is_mixed, o_j, o_s = _places(o_c, p_channels, M, C, SUBSET, BM)
     m_mixed, m_bypass = m & is_mixed[:, None], m & (~is_mixed)[:, None]
 
@@ -103,10 +85,11 @@ def partial_shuffle_fwd_kernel(
     o_h, o_w = o_p // WY, o_p % WY
     p_x = p_bypass + i_b * bypass_b + o_s[:, None] * bypass_c  # [BC, 1]
     if POOL:
-        b_x = _window(p_x, o_h, o_w, 0, 0, H, W, bypass_h, bypass_w, m_bypass, ACC)
-        b_x = _larger(b_x, _window(p_x, o_h, o_w, 0, 1, H, W, bypass_h, bypass_w, m_bypass, ACC))
-        b_x = _larger(b_x, _window(p_x, o_h, o_w, 1, 0, H, W, bypass_h, bypass_w, m_bypass, ACC))
-        b_x = _larger(b_x, _window(p_x, o_h, o_w, 1, 1, H, W, bypass_h, bypass_w, m_bypass, ACC))
+        b_x = pixels(p_x, 2 * o_h, 2 * o_w, H, W, bypass_h, bypass_w, m_bypass, float("-inf"), ACC)
+        for q in tl.static_range(1, 4):
+            h, w = 2 * o_h + q // 2, 2 * o_w + q % 2
+            b_at = pixels(p_x, h, w, H, W, bypass_h, bypass_w, m_bypass, float("-inf"), ACC)
+            b_x = tl.where(takes_over(b_at, b_x), b_at, b_x)
     else:
         o_x = o_h.to(tl.int64) * bypass_h + o_w * bypass_w
         b_x = tl.load(p_x + o_x[None, :], mask=m_bypass, other=0.0).to(ACC)
@@ -164,12 +147,7 @@ def partial_shuffle_bwd_kernel(
     Grid and tile as forward. Reads g once, and each mixed tensor where ``p_mixed`` is given; writes each gradient once:
     (C + 2 K M + C - M) B P elements, and when pooled 8 instead of 1 for each of the C - M. Bound by memory bandwidth.
     """
-    TC, TP = tl.cdiv(C, BC), tl.cdiv(P, BP)
-    i = tl.program_id(0)
-    i_p, i_c, i_b = i % TP, i // TP % TC, (i // (TP * TC)).to(tl.int64)
-    o_c = i_c.to(tl.int64) * BC + tl.arange(0, BC)
-    o_p = i_p * BP + tl.arange(0, BP)
-    m = (o_c < C)[:, None] & (o_p < P)[None, :]
+    i_b, o_c, o_p, m = image_tile(C, P, BC, BP)
     is_mixed, o_j, o_s = _places(o_c, p_channels, M, C, SUBSET, BM)
     m_mixed = m & is_mixed[:, None]
     b_g = tl.load(p_g + i_b * g_b + o_c[:, None] * g_c + o_p[None, :] * g_p, mask=m, other=0.0).to(ACC)  # [BC, BP]
@@ -184,7 +162,7 @@ def partial_shuffle_bwd_kernel(
             o_mixed = i_b * mixed_b + o_j[:, None] * mixed_c + o_p[None, :] * mixed_p
             b_x = tl.load(p_mixed[k] + o_mixed, mask=m_mixed, other=0.0).to(ACC)
             b_dot = tl.sum(tl.sum(tl.where(m_mixed, b_g * b_x, 0.0), 1), 0)
-            tl.store(p_parts + k * tl.num_programs(0).to(tl.int64) + i, b_dot)
+            tl.store(p_parts + k * tl.num_programs(0).to(tl.int64) + tl.program_id(0), b_dot)
 
     if p_dbypass is not None:
         m_bypass = m
@@ -196,11 +174,12 @@ def partial_shuffle_bwd_kernel(
         p_dx = p_dbypass + i_b * dbypass_b + o_s[:, None] * dbypass_c  # [BC, 1]
         if POOL:
             p_x = p_bypass + i_b * bypass_b + o_s[:, None] * bypass_c
-            b_best = _window(p_x, o_h, o_w, 0, 0, H, W, bypass_h, bypass_w, m_bypass, ACC)
+            b_best = pixels(p_x, 2 * o_h, 2 * o_w, H, W, bypass_h, bypass_w, m_bypass, float("-inf"), ACC)
             b_at = tl.zeros((BC, BP), tl.int32)
             for q in tl.static_range(1, 4):
-                b_x = _window(p_x, o_h, o_w, q // 2, q % 2, H, W, bypass_h, bypass_w, m_bypass, ACC)
-                takes = (b_x > b_best) | (b_x != b_x)
+                h, w = 2 * o_h + q // 2, 2 * o_w + q % 2
+                b_x = pixels(p_x, h, w, H, W, bypass_h, bypass_w, m_bypass, float("-inf"), ACC)
+                takes = takes_over(b_x, b_best)
                 b_at = tl.where(takes, q, b_at)
                 b_best = tl.where(takes, b_x, b_best)
             for q in tl.static_range(4):

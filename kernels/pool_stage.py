@@ -10,7 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastnas.kernels._launch import accumulate_in, launch
-from fastnas.kernels._stages import new_parts, pitch, pitches, row_of, statistics, store_statistics, tiles
+from fastnas.kernels._maps import takes_over, window_count
+from fastnas.kernels._stages import (
+    new_parts,
+    pitch,
+    pitches,
+    position_tile,
+    row_of,
+    statistics,
+    store_statistics,
+    tiles,
+)
 
 
 @triton.jit
@@ -31,19 +41,11 @@ def _pools(p_x, x_pitch, o_q, o_c, C, Q, H, W, HO, WO, STRIDE: tl.constexpr, ACC
         inside = m & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[:, None]
         at = ((image + h) * W + w)[:, None] * x_pitch + o_c[None, :]
         b_x = tl.load(p_x + at, mask=inside, other=0.0).to(ACC)
-        takes = inside & ((b_x > b_max) | (b_x != b_x))
+        takes = inside & takes_over(b_x, b_max)
         b_max = tl.where(takes, b_x, b_max)
         b_at = tl.where(takes, t, b_at)
         b_sum += b_x
-    return tl.where(m, b_max, 0.0), b_at, b_sum / _count(o_h, o_w, H, W).to(ACC)[:, None]
-
-
-@triton.jit
-def _count(o_h, o_w, H, W):
-    """Pixels inside the map of the 3x3 windows around (o_h, o_w)."""
-    rows = tl.minimum(o_h + 2, H) - tl.maximum(o_h - 1, 0)
-    columns = tl.minimum(o_w + 2, W) - tl.maximum(o_w - 1, 0)
-    return rows * columns
+    return tl.where(m, b_max, 0.0), b_at, b_sum / window_count(o_h, o_w, H, W).to(ACC)[:, None]
 
 
 @triton.jit
@@ -68,16 +70,13 @@ def pool_stage_fwd_kernel(
     Grid: Q / BQ times C / BC programs. Tile: BQ outputs by BC channels. Reads x from memory once (9 times from the
     level 1 cache), writes both pools. Bound by the issue of loads.
     """
-    T = tl.cdiv(Q, BQ)
-    i_t = tl.program_id(0) % T
-    o_c = tl.program_id(0) // T * BC + tl.arange(0, BC)
-    o_q = i_t * BQ + tl.arange(0, BQ)
-    m = (o_q < Q)[:, None] & (o_c < C)[None, :]
+    i_t, o_q, o_c, m = position_tile(Q, C, BQ, BC)
     b_max, _, b_avg = _pools(p_x, x_pitch, o_q, o_c, C, Q, H, W, HO, WO, STRIDE, ACC)
     o_out = o_q.to(tl.int64)[:, None] * C + o_c[None, :]
     tl.store(p_out + o_out, b_max.to(p_out.dtype.element_ty), mask=m)
     tl.store(p_out + tl.cast(Q, tl.int64) * C + o_out, b_avg.to(p_out.dtype.element_ty), mask=m)
     if p_stats is not None:
+        T = tl.cdiv(Q, BQ)
         count = tl.minimum(Q - i_t * BQ, BQ).to(ACC)
         p_part = p_stats + o_c.to(tl.int64) * T + i_t  # [2, 2 C, T]
         store_statistics(b_max, m, p_part, 2 * C, o_c < C, T, count, ACC)
@@ -111,10 +110,7 @@ def pool_stage_given_kernel(
     ``sum_n scales[n, p] gs[n] + coef[p, 0] (pool - coef[p, 2]) + coef[p, 1]``. Grid and tile as forward. Reads x and
     each g once, writes two maps and a byte an output. Bound by the issue of loads.
     """
-    T = tl.cdiv(Q, BQ)
-    o_c = tl.program_id(0) // T * BC + tl.arange(0, BC)
-    o_q = tl.program_id(0) % T * BQ + tl.arange(0, BQ)
-    m = (o_q < Q)[:, None] & (o_c < C)[None, :]
+    _, o_q, o_c, m = position_tile(Q, C, BQ, BC)
     b_max, b_at, b_avg = _pools(p_x, x_pitch, o_q, o_c, C, Q, H, W, HO, WO, STRIDE, ACC)
     b_max = row_of(p_coef, o_c, C, ACC) * (b_max - row_of(p_coef + 2 * C, o_c, C, ACC)) + row_of(
         p_coef + C, o_c, C, ACC
@@ -126,7 +122,7 @@ def pool_stage_given_kernel(
         b_g = tl.load(p_gs[n] + o_g, mask=m, other=0.0).to(ACC)  # [BQ, BC]
         b_max += row_of(p_scales + 3 * n * C, o_c, C, ACC) * b_g
         b_avg += row_of(p_scales + (3 * n + 1) * C, o_c, C, ACC) * b_g
-    b_avg = b_avg / _count(o_q // WO % HO * STRIDE, o_q % WO * STRIDE, H, W).to(ACC)[:, None]
+    b_avg = b_avg / window_count(o_q // WO % HO * STRIDE, o_q % WO * STRIDE, H, W).to(ACC)[:, None]
     o_out = o_q.to(tl.int64)[:, None] * C + o_c[None, :]
     tl.store(p_given + o_out, b_max.to(p_given.dtype.element_ty), mask=m)
     tl.store(p_given + tl.cast(Q, tl.int64) * C + o_out, b_avg.to(p_given.dtype.element_ty), mask=m)
@@ -161,10 +157,7 @@ def pool_stage_dx_kernel(
     Grid: X / BQ times C / BC programs. Tile: BQ pixels of x by BC channels. Reads the given gradients and places from
     memory once (9 times from the level 1 cache) and each g once, writes dx once. Bound by the issue of loads.
     """
-    T = tl.cdiv(X, BQ)
-    o_c = tl.program_id(0) // T * BC + tl.arange(0, BC)
-    o_x = tl.program_id(0) % T * BQ + tl.arange(0, BQ)
-    m = (o_x < X)[:, None] & (o_c < C)[None, :]
+    _, o_x, o_c, m = position_tile(X, C, BQ, BC)
     o_h, o_w = o_x // W % H, o_x % W
     image = (o_x // (H * W)).to(tl.int64) * HO
     b_dx = tl.zeros((BQ, BC), ACC)

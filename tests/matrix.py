@@ -21,7 +21,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAIRS = ["3.10:2.11.0", "3.11:2.11.0", "3.12:2.11.0", "3.13:2.11.0", "3.11:2.13.0", "3.11:2.14.1", "3.13:2.14.1"]
+PAIRS = [
+    *("3.10:2.11.0", "3.11:2.11.0", "3.12:2.11.0", "3.13:2.11.0"),
+    *("3.11:2.13.0", "3.11:2.14.1", "3.13:2.14.1", "3.13:2.15.0"),
+]
 BUILD_TOOLS = ["setuptools>=77", "ninja"]
 PACKAGES = ["numpy", "rich", "matplotlib", "scikit-learn", "tomli", "pytest", "hypothesis", "pillow"]
 TESTS = [

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import fastnas
+import fastnas.nn
+
 ROOT = Path(__file__).parents[1]
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,12 +39,31 @@ def test_the_site_lists_pages_that_are_there_and_loads_no_fonts():
         importable(name)
 
 
+def test_every_public_name_of_the_package_and_its_modules_is_on_an_api_page():
+    text = "\n".join(path.read_text() for path in (ROOT / "docs/api").glob("*.md"))
+    pages = re.findall(r"^::: (\S+)(?:\n    options: \{ members: \[(.*)\])?", text, re.MULTILINE)
+    shown = {f"{name}.{member}" for name, members in pages for member in members.split(", ")} | {n for n, _ in pages}
+    for package in (fastnas, fastnas.nn):
+        for name in set(package.__all__) - {"__version__"}:
+            home = getattr(package, name)
+            assert f"{home.__module__}.{home.__qualname__}" in shown, name
+
+
 def importable(name: str) -> None:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_result_files_are_listed_and_say_what_made_them():
+    results = ROOT / "bench" / "results"
+    listed = re.findall(r"`([\w.*-]+\.json)`", (results / "README.md").read_text(encoding="utf-8"))
+    for path in results.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert any(path.match(name) for name in listed), path.name
+        assert json.loads(text)["command"] and '"date"' in text and '"commit"' in text, path.name
 
 
 def test_figures_of_the_front_pages_are_those_of_the_result_files():

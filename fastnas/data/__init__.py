@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from fastnas.data.augment import Recipe
+from fastnas.data.named import NAMES, find
 from fastnas.data.seeds import Use
-from fastnas.data.sources import NAMES, find
 from fastnas.data.splits import count_classes, stratified
 from fastnas.data.stream import Split, Stream
 from fastnas.errors import UserError

@@ -7,6 +7,7 @@ is the one before it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,18 @@ _HEADER = re.compile(rb"fastnas-checkpoint (\d{1,9}) ([0-9a-f]{64})\n")
 _GLOBALS = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 _OTHER_CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.Tensor, torch.nn.Parameter)
+
+
+@contextlib.contextmanager
+def fits_settings_of(run: Path) -> Iterator[None]:
+    """Within the block the state of a checkpoint of the folder ``run`` is loaded: UserError when it does not fit."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the checkpoint of {run} does not fit the settings in its config.toml: "
+            "put back the settings that it was made with, or start a new run"
+        ) from error
 
 
 class _Unreadable(Exception):

@@ -1,4 +1,4 @@
-"""What a training from scratch adds to a plain loop: its learning rate, its layout and precision, averaged weights."""
+"""What a training from scratch adds to a plain loop: its layout and precision, averaged weights."""
 
 from __future__ import annotations
 
@@ -11,18 +11,9 @@ from torch import Tensor, nn
 
 from fastnas import _backends
 from fastnas.engine.fused_conv import fuse_convolutions
-from fastnas.engine.training import cosine
 from fastnas.errors import UserError
 
-SCHEDULES = ("cosine", "linear")
 PRECISIONS = ("float32", "bfloat16")
-
-
-def learning_rate(epoch: int, epochs: int, start: float, end: float, *, schedule: str, warmup: int) -> float:
-    """Rate of `epoch`, from 0: falling from `start` towards `end` by `schedule`, times a linear rise over `warmup`
-    epochs."""
-    falling = cosine(epoch, epochs, start, end) if schedule == "cosine" else start + (end - start) * epoch / epochs
-    return falling * min(1.0, (epoch + 1) / warmup) if warmup else falling
 
 
 @dataclass(frozen=True)

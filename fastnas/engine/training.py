@@ -16,11 +16,21 @@ from torch import Tensor, nn
 from fastnas import distributed, processes
 
 Batch = tuple[Tensor, Tensor]
+SCHEDULES = ("cosine", "linear")
 
 
 def cosine(epoch: int, epochs: int, start: float, end: float) -> float:
     """Learning rate of `epoch` (from 0): cosine from `start` towards `end`, one value an epoch, no restart."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def learning_rate(
+    epoch: int, epochs: int, start: float, end: float, *, schedule: str = "cosine", warmup: int = 0
+) -> float:
+    """Rate of `epoch`, from 0: falling from `start` towards `end` by `schedule`, one of SCHEDULES, times a linear rise
+    over `warmup` epochs."""
+    falling = cosine(epoch, epochs, start, end) if schedule == "cosine" else start + (end - start) * epoch / epochs
+    return falling * min(1.0, (epoch + 1) / warmup) if warmup else falling
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

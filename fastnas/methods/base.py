@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -16,7 +16,15 @@ from fastnas.engine.mixture import Mixture
 from fastnas.engine.networks import build_supernet
 from fastnas.engine.stems import STEMS
 from fastnas.engine.supernet import EXECUTORS, STORAGE, Supernet
-from fastnas.engine.training import Batch, accuracy, assign_gradients, cosine
+from fastnas.engine.training import (
+    Batch,
+    accuracy,
+    assign_gradients,
+    batch_statistics,
+    evaluate,
+    learning_rate,
+    set_learning_rate,
+)
 from fastnas.errors import UserError
 from fastnas.spaces import AnyGenotype, AnySpace
 
@@ -106,10 +114,10 @@ def weight_optimizer(parameters: Iterable[nn.Parameter], weights: WeightSettings
     return torch.optim.SGD(parameters, weights.lr, weights.momentum, weight_decay=weights.weight_decay, foreach=True)
 
 
-def weight_rate(weights: WeightSettings, epoch: int) -> float:
-    """Learning rate of the weights in `epoch`, counted from 0: the linear warm-up, if any, times the cosine."""
-    rate = cosine(epoch, weights.epochs, weights.lr, weights.lr_min)
-    return rate * min(1.0, (epoch + 1) / weights.lr_warmup_epochs) if weights.lr_warmup_epochs else rate
+def set_weight_rate(optimizer: torch.optim.Optimizer, weights: WeightSettings, epoch: int) -> None:
+    """The weights' learning rate for `epoch`, counted from 0: the linear warm-up, if any, times the cosine."""
+    rate = learning_rate(epoch, weights.epochs, weights.lr, weights.lr_min, warmup=weights.lr_warmup_epochs)
+    set_learning_rate(optimizer, rate)
 
 
 def train_weights(
@@ -131,6 +139,12 @@ def train_weights(
     torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     optimizer.step()
     return {"loss": loss.detach(), "accuracy": accuracy(logits.detach(), y)}
+
+
+def shared_accuracy(supernet: nn.Module, architecture: Mixture | AnyGenotype, batches: Iterable[Batch]) -> float:
+    """Accuracy of an architecture with the shared weights, by the statistics of each batch; leaves no trace in them."""
+    with batch_statistics(supernet):
+        return evaluate(lambda x: supernet(x, architecture), batches)["accuracy"]
 
 
 def edge_figures(normal: Tensor, reduce: Tensor) -> dict[str, Figure]:
@@ -156,22 +170,25 @@ def check_betas(betas: tuple[float, ...]) -> None:
         raise UserError(f"arch-betas must be two numbers of at least 0 and below 1, got {','.join(map(str, betas))}")
 
 
-def states_of(method: object, parts: Sequence[str]) -> dict[str, Any]:
-    """The states of a method's modules and optimisers, by the names of its attributes."""
-    return {name: getattr(method, name).state_dict() for name in parts}
+class Checkpointed:
+    """A method whose state is that of its `parts`: modules and optimisers, by the names of its attributes."""
 
+    parts: ClassVar[tuple[str, ...]]
 
-def load_states(method: object, parts: Sequence[str], state: dict[str, Any]) -> None:
-    """The reverse of `states_of`. How an optimiser updates is not taken over: it depends on the device."""
-    for name in parts:
-        part, own = getattr(method, name), state[name]
-        if isinstance(part, torch.optim.Optimizer):
-            groups = [
-                saved | {key: group[key] for key in ("capturable", "foreach", "fused") if key in group}
-                for group, saved in zip(part.param_groups, own["param_groups"], strict=True)
-            ]
-            own = own | {"param_groups": [group | {"lr": float(group["lr"])} for group in groups]}
-        part.load_state_dict(own)
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in self.parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """How an optimiser updates is not taken over: it depends on the device."""
+        for name in self.parts:
+            part, own = getattr(self, name), state[name]
+            if isinstance(part, torch.optim.Optimizer):
+                groups = [
+                    saved | {key: group[key] for key in ("capturable", "foreach", "fused") if key in group}
+                    for group, saved in zip(part.param_groups, own["param_groups"], strict=True)
+                ]
+                own = own | {"param_groups": [group | {"lr": float(group["lr"])} for group in groups]}
+            part.load_state_dict(own)
 
 
 class Method(Protocol):

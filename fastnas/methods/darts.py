@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +22,24 @@ from torch import Tensor
 from fastnas import distributed
 from fastnas.config import option
 from fastnas.engine.mixture import Alphas, Mixture
-from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
+from fastnas.engine.training import Batch, assign_gradients, evaluate, frozen
 from fastnas.errors import UserError
 from fastnas.methods.base import (
+    Checkpointed,
     Figure,
     Problem,
     check_betas,
     edge_figures,
-    load_states,
-    states_of,
+    set_weight_rate,
+    shared_accuracy,
     train_weights,
     trained_together,
     weight_optimizer,
-    weight_rate,
 )
 from fastnas.spaces import AnyGenotype, ArchitectureString, Nasbench201Space
 from fastnas.spaces.derive import count_skips, derive_nasbench201, derive_top2, skips_and_edges
 
 WEIGHTS, ARCHITECTURE, EVALUATION = 1, 2, 3  # uses of random channels
-LEARNT = ("supernet", "alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 FINITE_DIFFERENCE = 1e-2  # eps times the gradient's norm, section 2.3
 
 
@@ -65,11 +64,12 @@ class DartsSettings:
             raise UserError("random-channels draws 1/K of the channels: give --partial 2 or more with it")
 
 
-class Darts:
+class Darts(Checkpointed):
     """DARTS, and with partial channels and edge normalisation PC-DARTS: see `fastnas.methods.pc_darts`."""
 
     name: ClassVar[str] = "darts"
     Settings: ClassVar[type] = DartsSettings
+    parts: ClassVar[tuple[str, ...]] = ("supernet", "alphas", "weight_optimizer", "arch_optimizer")
 
     def __init__(self, settings: DartsSettings, problem: Problem) -> None:
         weights = problem.weights
@@ -110,7 +110,7 @@ class Darts:
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
         self.epoch = epoch
-        set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
+        set_weight_rate(self.weight_optimizer, self.weights, epoch)
         self.searching = epoch >= self.settings.warmup_epochs
 
     def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
@@ -215,9 +215,7 @@ class Darts:
             mixture = self.mixture(EVALUATION)
             figures["search_accuracy"] = evaluate(lambda x: self.supernet(x, mixture), search)["accuracy"]
             if self.settings.partial == 1:
-                child = self.derive()
-                with batch_statistics(self.supernet):
-                    figures["child_accuracy"] = evaluate(lambda x: self.supernet(x, child), search)["accuracy"]
+                figures["child_accuracy"] = shared_accuracy(self.supernet, self.derive(), search)
         figures |= edge_figures(mixture.normal, mixture.reduce)
         for cell, weights in (("normal", mixture.normal_edges), ("reduce", mixture.reduce_edges)):
             if weights is not None and len(weights):
@@ -247,12 +245,6 @@ class Darts:
             mixture.reduce_edges,
             max_skips=max_skips,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return states_of(self, LEARNT)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_states(self, LEARNT, state)
 
 
 def _grad(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

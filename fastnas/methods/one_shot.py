@@ -22,9 +22,9 @@ from torch import Tensor
 from fastnas import distributed, processes
 from fastnas.config import option
 from fastnas.engine.choice_blocks import GHOST, ChoiceBlockNetwork, PathMasks
-from fastnas.engine.training import Batch, accuracy, assign_gradients, first, set_learning_rate
+from fastnas.engine.training import Batch, accuracy, assign_gradients, first
 from fastnas.errors import UserError
-from fastnas.methods.base import Figure, Problem, weight_rate
+from fastnas.methods.base import Checkpointed, Figure, Problem, set_weight_rate
 from fastnas.spaces.architecture import ArchitectureString
 
 STEP, EPOCH, FINAL = 1, 2, 3  # streams of random numbers
@@ -44,11 +44,12 @@ class OneShotSettings:
     candidates: int = option(100, "random architectures of which the search's last epoch takes the best", minimum=1)
 
 
-class OneShot:
+class OneShot(Checkpointed):
     """See the module's docstring."""
 
     name: ClassVar[str] = "one_shot"
     Settings: ClassVar[type] = OneShotSettings
+    parts: ClassVar[tuple[str, ...]] = ("supernet", "weight_optimizer")
     graph_steps: ClassVar[str] = "other paths are dropped at every step"
 
     def __init__(self, settings: OneShotSettings, problem: Problem) -> None:
@@ -71,7 +72,7 @@ class OneShot:
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
         self.epoch = epoch
-        set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
+        set_weight_rate(self.weight_optimizer, self.weights, epoch)
 
     @property
     def ramp(self) -> float:
@@ -122,15 +123,10 @@ class OneShot:
         return self.space.random_genotype(random.Random(self.problem.seed))
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "supernet": self.supernet.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "found": self.found,
-        }
+        return super().state_dict() | {"found": self.found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.supernet.load_state_dict(state["supernet"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        super().load_state_dict(state)
         self.found = None if state["found"] is None else tuple(state["found"])
 
 

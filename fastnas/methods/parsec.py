@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,30 +27,21 @@ from torch import Tensor, nn
 from fastnas import distributed, processes
 from fastnas.config import option
 from fastnas.engine.checkpoint import load_checkpoint
-from fastnas.engine.training import (
-    Batch,
-    accuracy,
-    assign_gradients,
-    average_gradients,
-    batch_statistics,
-    evaluate,
-    set_learning_rate,
-)
+from fastnas.engine.training import Batch, accuracy, assign_gradients, average_gradients, batch_statistics
 from fastnas.errors import UserError
 from fastnas.methods.base import (
+    Checkpointed,
     Figure,
     Problem,
     check_betas,
     edge_figures,
-    load_states,
-    states_of,
+    set_weight_rate,
+    shared_accuracy,
     weight_optimizer,
-    weight_rate,
 )
 from fastnas.spaces import AnyGenotype, DartsSpace, Nasbench201Space
 from fastnas.spaces.genotype import Genotype, Node
 
-LEARNT = ("supernet", "distribution", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 SLOTS = 2
 NEGLIGIBLE = 1e-4  # a child of smaller importance weight moves the gradient by less than rounding does: no backward
 
@@ -171,11 +162,12 @@ def importance_weights(log_likelihoods: Tensor) -> Tensor:
     return log_likelihoods.double().softmax(-1)
 
 
-class Parsec:
+class Parsec(Checkpointed):
     """See the module's docstring. One child at a time is in memory, whatever K is."""
 
     name: ClassVar[str] = "parsec"
     Settings: ClassVar[type] = ParsecSettings
+    parts: ClassVar[tuple[str, ...]] = ("supernet", "distribution", "weight_optimizer", "arch_optimizer")
     graph_steps: ClassVar[str] = "other children are trained at every step"
 
     def __init__(self, settings: ParsecSettings, problem: Problem) -> None:
@@ -194,7 +186,7 @@ class Parsec:
 
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
-        set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
+        set_weight_rate(self.weight_optimizer, self.weights, epoch)
 
     def step(self, index: int, train: Batch, search: Batch) -> dict[str, Tensor]:
         """One round of Algorithm 1."""
@@ -260,14 +252,11 @@ class Parsec:
     def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
         """Accuracy of the mode with the shared weights (the paper's Figure 3a) and the entropies (Figure 3b), which are
         those of whole cells."""
-        mode = self.distribution.mode()
         self.supernet.eval()
-        with batch_statistics(self.supernet):
-            figures = evaluate(lambda x: self.supernet(x, mode), search)
         normal, reduce = self.distribution.entropies()
         edges = edge_figures(*self.distribution.edge_probabilities())
         return {
-            "search_accuracy": figures["accuracy"],
+            "search_accuracy": shared_accuracy(self.supernet, self.distribution.mode(), search),
             "entropy_normal": normal,
             "entropy_reduce": reduce,
             "entropy": normal + reduce,
@@ -275,9 +264,3 @@ class Parsec:
 
     def derive(self) -> AnyGenotype:
         return self.distribution.mode()
-
-    def state_dict(self) -> dict[str, Any]:
-        return states_of(self, LEARNT)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_states(self, LEARNT, state)

@@ -25,22 +25,21 @@ from torch import Tensor
 
 from fastnas.config import option
 from fastnas.engine.mixture import Alphas, Mixture
-from fastnas.engine.training import Batch, assign_gradients, batch_statistics, evaluate, frozen, set_learning_rate
+from fastnas.engine.training import Batch, assign_gradients, frozen
 from fastnas.methods.base import (
+    Checkpointed,
     Figure,
     Problem,
     check_betas,
     edge_figures,
-    load_states,
-    states_of,
+    set_weight_rate,
+    shared_accuracy,
     train_weights,
     weight_optimizer,
-    weight_rate,
 )
 from fastnas.spaces import AnyGenotype
 from fastnas.spaces.derive import derive_all_edges
 
-LEARNT = ("supernet", "alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 WEIGHT_STEP, ARCHITECTURE_STEP = 1, 2  # streams of random numbers
 
 
@@ -65,11 +64,12 @@ class Pair:
     active: Tensor
 
 
-class Proxyless:
+class Proxyless(Checkpointed):
     """See the module's docstring. Every edge of a cell has its own choice, and `none` drops it."""
 
     name: ClassVar[str] = "proxyless"
     Settings: ClassVar[type] = ProxylessSettings
+    parts: ClassVar[tuple[str, ...]] = ("supernet", "alphas", "weight_optimizer", "arch_optimizer")
     graph_steps: ClassVar[str] = "another path is trained at every step"
 
     def __init__(self, settings: Any, problem: Problem) -> None:
@@ -84,7 +84,7 @@ class Proxyless:
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
         self.epoch = epoch
-        set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
+        set_weight_rate(self.weight_optimizer, self.weights, epoch)
         self.searching = epoch >= self.settings.warmup_epochs
 
     def sample_path(self, index: int) -> AnyGenotype:
@@ -144,21 +144,13 @@ class Proxyless:
 
     def end_epoch(self, search: Iterable[Batch]) -> dict[str, Figure]:
         """Accuracy of the most probable path with the shared weights, and the mean entropy of an edge."""
-        path = self.derive()
         self.supernet.eval()
-        with batch_statistics(self.supernet), torch.no_grad():
-            figures = evaluate(lambda x: self.supernet(x, path), search)
-            probabilities = self.alphas()
-        return {"search_accuracy": figures["accuracy"]} | edge_figures(probabilities.normal, probabilities.reduce)
+        probabilities = self.alphas()
+        figures: dict[str, Figure] = {"search_accuracy": shared_accuracy(self.supernet, self.derive(), search)}
+        return figures | edge_figures(probabilities.normal, probabilities.reduce)
 
     def derive(self) -> AnyGenotype:
         return derive_all_edges(self.problem.space, self.alphas.alpha_normal, self.alphas.alpha_reduce)
-
-    def state_dict(self) -> dict[str, Any]:
-        return states_of(self, LEARNT)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_states(self, LEARNT, state)
 
 
 def draw(alpha: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,31 +30,23 @@ from torch import Tensor
 from fastnas.config import option
 from fastnas.engine.cost import NetworkCost, nasbench201_costs
 from fastnas.engine.mixture import Alphas, Mixture
-from fastnas.engine.training import (
-    Batch,
-    accuracy,
-    assign_gradients,
-    batch_statistics,
-    evaluate,
-    set_learning_rate,
-)
+from fastnas.engine.training import Batch, accuracy, assign_gradients
 from fastnas.methods.base import (
+    Checkpointed,
     Figure,
     Problem,
     check_betas,
     edge_figures,
-    load_states,
-    states_of,
+    set_weight_rate,
+    shared_accuracy,
     trained_together,
     weight_optimizer,
-    weight_rate,
 )
 from fastnas.ops import gumbel_softmax
 from fastnas.spaces import AnyGenotype, Nasbench201Space
 from fastnas.spaces.derive import derive_all_edges
 
 RESOURCE_WEIGHTS = {"none": 0.0, "mild": 0.1, "moderate": 0.3, "aggressive": 1.0}  # eta; the paper gives no values
-LEARNT = ("supernet", "log_alphas", "weight_optimizer", "arch_optimizer")  # parts with a state of their own
 STEP, EVALUATION = 1, 2  # streams of noise
 
 
@@ -73,11 +65,12 @@ class SnasSettings:
         check_betas(self.arch_betas)
 
 
-class Snas:
+class Snas(Checkpointed):
     """See the module's docstring. The search half of the data is for measuring only."""
 
     name: ClassVar[str] = "snas"
     Settings: ClassVar[type] = SnasSettings
+    parts: ClassVar[tuple[str, ...]] = ("supernet", "log_alphas", "weight_optimizer", "arch_optimizer")
     graph_steps: ClassVar[tuple[str, ...]] = ("joint_step",)
 
     def __init__(self, settings: SnasSettings, problem: Problem) -> None:
@@ -99,7 +92,7 @@ class Snas:
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
         self.epoch = epoch
-        set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
+        set_weight_rate(self.weight_optimizer, self.weights, epoch)
         start, end = self.settings.temperature, self.settings.temperature_end
         self.temperature = start + (end - start) * epoch / max(1, self.weights.epochs - 1)
 
@@ -143,26 +136,16 @@ class Snas:
         """`search_accuracy` of samples and `child_accuracy` of the derived network with the shared weights, no
         fine-tuning (the paper's Table 1), and the entropy of each edge (its Figure 4)."""
         self.supernet.eval()
-        child = self.derive()
         z = self.sample(EVALUATION, self.epoch).detach()
-        with batch_statistics(self.supernet), torch.no_grad():
-            sampled = evaluate(lambda x: self.supernet(x, z), search)
-            derived = evaluate(lambda x: self.supernet(x, child), search)
-            probabilities = self.log_alphas()
+        probabilities = self.log_alphas()
         return {
-            "search_accuracy": sampled["accuracy"],
-            "child_accuracy": derived["accuracy"],
+            "search_accuracy": shared_accuracy(self.supernet, z, search),
+            "child_accuracy": shared_accuracy(self.supernet, self.derive(), search),
             "temperature": self.temperature,
         } | edge_figures(probabilities.normal, probabilities.reduce)
 
     def derive(self) -> AnyGenotype:
         return derive_all_edges(self.problem.space, self.log_alphas.alpha_normal, self.log_alphas.alpha_reduce)
-
-    def state_dict(self) -> dict[str, Any]:
-        return states_of(self, LEARNT)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_states(self, LEARNT, state)
 
 
 def relative_costs(problem: Problem) -> tuple[Tensor, Tensor]:

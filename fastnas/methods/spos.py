@@ -19,8 +19,16 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fastnas.config import option
-from fastnas.engine.training import Batch, batch_statistics, evaluate, first, recalibrate, set_learning_rate
-from fastnas.methods.base import Figure, Problem, train_weights, weight_optimizer, weight_rate
+from fastnas.engine.training import Batch, evaluate, first, recalibrate
+from fastnas.methods.base import (
+    Checkpointed,
+    Figure,
+    Problem,
+    set_weight_rate,
+    shared_accuracy,
+    train_weights,
+    weight_optimizer,
+)
 from fastnas.methods.evolution import EvolutionSettings, Limits, evolve
 from fastnas.spaces import strings_of
 from fastnas.spaces.genotype import Genotype
@@ -36,11 +44,12 @@ class SposSettings(EvolutionSettings):
     score_batches: int | None = option(None, "batches of the search half that score it; none takes all", minimum=1)
 
 
-class Spos:
+class Spos(Checkpointed):
     """See the module's docstring. An architecture is a string of the space's choices."""
 
     name: ClassVar[str] = "spos"
     Settings: ClassVar[type] = SposSettings
+    parts: ClassVar[tuple[str, ...]] = ("supernet", "weight_optimizer")
     graph_steps: ClassVar[str] = "another path is trained at every step"
 
     def __init__(self, settings: SposSettings, problem: Problem) -> None:
@@ -54,7 +63,7 @@ class Spos:
     def start_epoch(self, epoch: int) -> None:
         self.supernet.train()
         self.epoch = epoch
-        set_learning_rate(self.weight_optimizer, weight_rate(self.weights, epoch))
+        set_weight_rate(self.weight_optimizer, self.weights, epoch)
         self.recent: deque[Batch] = deque(maxlen=self.settings.recalibration_batches)
 
     def sample(self, index: int) -> String:
@@ -96,10 +105,7 @@ class Spos:
 
     def accuracy(self, string: String, search: Iterable[Batch]) -> float:
         """On the search half, with the statistics of each batch."""
-        path = self.space.decode(string)
-        with batch_statistics(self.supernet):
-            scored = first(search, self.settings.score_batches)
-            return evaluate(lambda x: self.supernet(x, path), scored)["accuracy"]
+        return shared_accuracy(self.supernet, self.space.decode(string), first(search, self.settings.score_batches))
 
     def recalibrated_accuracy(self, string: String, search: Iterable[Batch]) -> float:
         """On the search half, with running statistics taken anew on the last training batches."""
@@ -114,13 +120,8 @@ class Spos:
         return self.space.decode(string, rule="evolution" if self.found else "random")
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "supernet": self.supernet.state_dict(),
-            "weight_optimizer": self.weight_optimizer.state_dict(),
-            "found": self.found,
-        }
+        return super().state_dict() | {"found": self.found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.supernet.load_state_dict(state["supernet"])
-        self.weight_optimizer.load_state_dict(state["weight_optimizer"])
+        super().load_state_dict(state)
         self.found = state["found"]

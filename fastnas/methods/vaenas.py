@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from fastnas.config import option
-from fastnas.engine.training import Batch, batch_statistics, evaluate, first
+from fastnas.engine.training import Batch, first
 from fastnas.errors import UserError
-from fastnas.methods.base import Figure, Problem
+from fastnas.methods.base import Figure, Problem, shared_accuracy
 from fastnas.methods.evolution import RANDOM_TRIES
 from fastnas.methods.proxyless import Pair, Proxyless, ProxylessSettings
 from fastnas.methods.spos import STEP, Spos, SposSettings
@@ -215,13 +215,9 @@ class VaenasGradient(Proxyless):
             rng = random.Random(self.problem.seed_of(RANK, self.epoch))
             drawn = [self.strings.random_string(rng) for _ in range(self.settings.ranked)]
             batches = list(first(search, self.settings.rank_batches))
-            figures = self.sampler.learn([(string, self._accuracy(string, batches)) for string in drawn], self.epoch)
+            scored = [(string, shared_accuracy(self.supernet, self._genotype(string), batches)) for string in drawn]
+            figures = self.sampler.learn(scored, self.epoch)
         return super().end_epoch(search) | figures
-
-    def _accuracy(self, string: String, batches: Sequence[Batch]) -> float:
-        path = self._genotype(string)
-        with batch_statistics(self.supernet):
-            return evaluate(lambda x: self.supernet(x, path), batches)["accuracy"]
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"sampler": self.sampler.state_dict()}

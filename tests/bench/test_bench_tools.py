@@ -242,7 +242,9 @@ def test_compare_says_when_the_machines_differ(tmp_path: Path) -> None:
 
 
 def test_file_of_results(tmp_path: Path) -> None:
-    report.write(tmp_path / "deep" / "r.json", report.header(["bench/", "-k", "a or b"]), [row("a small", 1.23456789)])
+    report.write(
+        tmp_path / "deep" / "r.json", report.header("pytest", "bench/", "-k", "a or b"), [row("a small", 1.23456789)]
+    )
     read = json.loads((tmp_path / "deep" / "r.json").read_text())
     assert read["rows"][0]["us"] == 1.23457
     assert read["command"] == "pytest bench/ -k 'a or b'"

@@ -6,7 +6,8 @@ from torch import nn
 
 from fastnas import _backends
 from fastnas.engine.fused_conv import fuse_convolutions
-from fastnas.engine.retraining import Arithmetic, WeightAverage, learning_rate
+from fastnas.engine.retraining import Arithmetic, WeightAverage
+from fastnas.engine.training import learning_rate
 from fastnas.errors import UserError
 from fastnas.nn import SepConv
 

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastnas.methods import VaenasGradient, VaenasOneShot
+from fastnas.methods import VaenasGradient, VaenasOneShot, vaenas
 from fastnas.methods.vaenas import VaenasGradientSettings, VaenasOneShotSettings
 from fastnas.spaces import NasnetSpace
 from fastnas.spaces.strings import String
@@ -107,7 +107,7 @@ def test_gradient_based_ranks_uniform_architectures(problem, batches, monkeypatc
     method = gradient_based(problem, ranked=400)
     seen = []
     monkeypatch.setattr(method.sampler, "learn", lambda scored, epoch: seen.extend(scored) or {})
-    monkeypatch.setattr(method, "_accuracy", lambda string, search: 0.5)
+    monkeypatch.setattr(vaenas, "shared_accuracy", lambda supernet, path, search: 0.5)
     method.end_epoch([batches[1]])
     shares = [sum(string[0] == choice for string, _ in seen) / 400 for choice in range(8)]
     assert shares == pytest.approx([1 / 8] * 8, abs=0.06)
