@@ -40,6 +40,13 @@ struct Map {
         by_pixel(channels > 1 && channel == 1) {}
 
   FASTNAS_INLINE T* plane(int64_t index) const { return data + index / channels * batch + index % channels * channel; }
+  // Rows [top, top + count), as far as there are any.
+  Map rows(int64_t top, int64_t count) const {
+    Map part = *this;
+    part.data += top * row;
+    part.height = std::min(count, height - top);
+    return part;
+  }
   // Whether the lanes of a group are adjacent channels of one image, stored as they are summed.
   bool in_lanes() const { return std::is_same_v<T, acc_t<T>> && by_pixel && channels % kLanes<acc_t<T>> == 0; }
 };
@@ -217,6 +224,19 @@ void unpack(const Map<T>& map, const acc_t<T>* from, Group group, int64_t top, i
       unpack_band<rows, granule>(map, from + lane, group.first + lane, first, pixels);
     });
   });
+}
+
+// Asks for the planes of a group, which are packed next: they arrive in the level 2 cache while the current group is
+// worked on.
+template <class T>
+void prefetch(const Map<T>& map, Group group) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t last = group.first + group.lanes, step = std::max(kLine, map.column);
+  for (int64_t index = group.first; index < last; index += map.by_pixel ? map.channels - index % map.channels : 1)
+    for (int64_t r = 0; r < map.height; ++r) {
+      const T* row = map.plane(index) + r * map.row;
+      for (int64_t i = 0; i < map.width * map.column; i += step) __builtin_prefetch(row + i, 0, 2);
+    }
 }
 
 }  // namespace fastnas::bank
