@@ -51,11 +51,11 @@ class Backward {
     std::vector<A> sums(units * sums_);
     torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
       with_workspace<A>(memory_size(), [&](A* memory) {
-        const std::vector<Task> tasks = tasks_of(begin, end, parts);
-        for (size_t i = 0; i < tasks.size(); ++i) {
-          const auto [unit, index] = tasks[i];
-          const Group next = i + 1 < tasks.size() ? groups_[tasks[i + 1].group] : Group{0, 0};
-          group(groups_[index], next, weights_.phase(unit % groups_.phases), memory, sums.data() + unit * sums_);
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t phase = unit % groups_.phases, part = unit / groups_.phases;
+          for (int64_t i = part * in_phase / parts; i < (part + 1) * in_phase / parts; ++i)
+            if (const int64_t index = i * groups_.phases + phase; index < groups_.count)
+              group(groups_[index], weights_.phase(phase), memory, sums.data() + unit * sums_);
         }
       });
     });
@@ -74,22 +74,6 @@ class Backward {
   int64_t phases() const { return groups_.phases; }
 
  private:
-  struct Task {
-    int64_t unit, group;
-  };
-
-  // The groups of units [begin, end), in order.
-  std::vector<Task> tasks_of(int64_t begin, int64_t end, int64_t parts) const {
-    const int64_t in_phase = (groups_.count + groups_.phases - 1) / groups_.phases;
-    std::vector<Task> tasks;
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t phase = unit % groups_.phases, part = unit / groups_.phases;
-      for (int64_t i = part * in_phase / parts; i < (part + 1) * in_phase / parts; ++i)
-        if (const int64_t index = i * groups_.phases + phase; index < groups_.count) tasks.push_back({unit, index});
-    }
-    return tasks;
-  }
-
   // One of every stride x stride input pixels, and the taps that lead there: of convolutions after the ReLU, and of the
   // rest.
   struct Corner {
@@ -129,12 +113,12 @@ class Backward {
     return static_cast<int64_t>(gs_.size()) * g_padded_.elements + 2 * x_padded_.elements + 2 * dx_dense_.elements;
   }
 
-  void group(Group group, Group next, const A* weights, A* memory, A* sums) const {
+  void group(Group group, const A* weights, A* memory, A* sums) const {
     A* g = memory + g_padded_.at(0, 0);
     memory += gs_.size() * g_padded_.elements;
     A* x = memory + x_padded_.at(0, 0);
     if (sums_ || bank_.relu || bank_.max_pool) pack(x, x_padded_.pitch, x_, group, bank_.relu);
-    for (int64_t top = 0; top < s_.out_height; top += strip_rows(s_)) take_strip(sums, x, g, group, next, top);
+    for (int64_t top = 0; top < s_.out_height; top += strip_rows(s_)) take_strip(sums, x, g, group, top);
     if (dx_.empty()) return;
     A* dx = memory + 2 * x_padded_.elements;
     if (bank_.avg_pool)
@@ -159,14 +143,12 @@ class Backward {
 
   // Copies rows of all gradients into their buffers, and adds what they give to the weight gradients while they are in
   // the level 1 cache.
-  void take_strip(A* sums, const A* x, A* g, Group group, Group next, int64_t top) const {
+  void take_strip(A* sums, const A* x, A* g, Group group, int64_t top) const {
     const int64_t rows = std::min(strip_rows(s_), s_.out_height - top), stride = s_.stride;
     const Pixels<const A> in{x + top * stride * x_padded_.pitch, stride * x_padded_.pitch, stride * kLanes<A>};
-    prefetch(x_.rows(top * stride, rows * stride), next);
     for (size_t k = 0; k < gs_.size(); ++k) {
       A* strip = g + k * g_padded_.elements + top * g_padded_.pitch;
       pack(strip, g_padded_.pitch, gs_[k].rows(top, rows), group, false);
-      prefetch(gs_[k].rows(top, rows), next);
       if (k >= correlated_.size()) continue;
       correlate(sums, correlated_[k], in, {strip, g_padded_.pitch, kLanes<A>}, rows, s_.out_width);
       sums += this->sums(k);

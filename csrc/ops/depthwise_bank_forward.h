@@ -60,7 +60,6 @@ class Forward {
     const int64_t step = strip_rows(s_);
     for (int64_t top = 0; top < s_.out_height; top += step) {
       const int64_t rows = std::min(step, s_.out_height - top);
-      if (index + 1 < groups_.count) prefetch(x_.rows(top * s_.stride, rows * s_.stride), groups_[index + 1]);
       auto y = ys_.begin();
       for (const Taps& taps : taps_) convolve(*y++, x, taps, weights, strip, group, top, rows);
       if (bank_.max_pool) pool(*y++, raw, strip, group, top, rows);

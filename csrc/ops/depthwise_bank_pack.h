@@ -226,17 +226,4 @@ void unpack(const Map<T>& map, const acc_t<T>* from, Group group, int64_t top, i
   });
 }
 
-// Asks for the planes of a group, which are packed next: they arrive in the level 2 cache while the current group is
-// worked on.
-template <class T>
-void prefetch(const Map<T>& map, Group group) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const int64_t last = group.first + group.lanes, step = std::max(kLine, map.column);
-  for (int64_t index = group.first; index < last; index += map.by_pixel ? map.channels - index % map.channels : 1)
-    for (int64_t r = 0; r < map.height; ++r) {
-      const T* row = map.plane(index) + r * map.row;
-      for (int64_t i = 0; i < map.width * map.column; i += step) __builtin_prefetch(row + i, 0, 2);
-    }
-}
-
 }  // namespace fastnas::bank
