@@ -130,8 +130,8 @@ FASTNAS_INLINE inline void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
 }
 
-// scale_and_dot for half-width maps and a gradient that has been widened: conversions are vectorised in loops of their own.
-// Reading and writing take turns, so the processor does not run ahead by itself.
+// scale_and_dot for half-width maps and a gradient that has been widened: conversions are vectorised in loops of their
+// own. Reading and writing take turns, so the processor does not run ahead by itself.
 template <class T>
   requires(!std::is_same_v<T, acc_t<T>>)
 FASTNAS_INLINE inline double scale_and_dot(T* dx, const float* g, const T* x, float w, int64_t n) {
