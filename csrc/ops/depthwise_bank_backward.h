@@ -74,11 +74,12 @@ class Backward {
   int64_t phases() const { return groups_.phases; }
 
  private:
-  // One of every stride x stride input pixels, and the taps that lead there: of convolutions after the ReLU, and of the
-  // rest.
+  // One of every stride x stride input pixels, and the taps that lead there: first of convolutions after the ReLU, then
+  // of the rest.
   struct Corner {
     int64_t row, column;
-    std::vector<Taps> gated, plain;
+    std::vector<Taps> maps;
+    size_t gated;
   };
 
   // Fills in the corners; returns the order in which they use the weights.
@@ -90,21 +91,23 @@ class Backward {
       corner.row = i / stride;
       corner.column = i % stride;
       int64_t tap = 0, buffer = 0;
-      // Taps into `to`, with weights from number `tap` on, `apart` apart.
-      const auto append = [&](std::vector<Taps>& to, const Kernel& kernel, int64_t apart) {
+      // Its weights are those from number `tap` on, `apart` apart.
+      const auto append = [&](const Kernel& kernel, int64_t apart) {
         const BackwardLine down(kernel, stride, corner.row), right(kernel, stride, corner.column);
         const int64_t rows = down.taps.size(), size = right.taps.size();
         if (rows * size > 0)
-          to.push_back({buffer + down.first * g_padded_.pitch + right.first * kLanes<A>, down.step * g_padded_.pitch,
-                        rows, size, right.step, static_cast<int64_t>(order.size()) * kLanes<A>});
+          corner.maps.push_back({buffer + down.first * g_padded_.pitch + right.first * kLanes<A>,
+                                 down.step * g_padded_.pitch, rows, size, right.step,
+                                 static_cast<int64_t>(order.size()) * kLanes<A>});
         for (int64_t y : down.taps)
           for (int64_t x : right.taps) order.push_back(tap + (y * kernel.size + x) * apart);
         tap += kernel.taps() * apart;
         buffer += g_padded_.elements;
       };
-      for (const Kernel& kernel : bank_.kernels) append(corner.gated, kernel, 1);
+      for (const Kernel& kernel : bank_.kernels) append(kernel, 1);
+      corner.gated = corner.maps.size();
       if (bank_.max_pool) buffer += g_padded_.elements;
-      if (bank_.avg_pool) append(corner.plain, kAverage, 0);
+      if (bank_.avg_pool) append(kAverage, 0);
     }
     return order;
   }
@@ -163,7 +166,7 @@ class Backward {
     const A* open = bank_.relu ? x + corner.row * pitch + corner.column * kLanes<A> : nullptr;
     sum_taps<A>({dx.at(corner.row, corner.column), stride * dx.row, stride * dx.column},
                 {g, g_padded_.pitch, kLanes<A>}, height, width,
-                {corner.gated, corner.plain, weights, {open, stride * pitch, stride * kLanes<A>}});
+                {corner.maps, corner.gated, weights, {open, stride * pitch, stride * kLanes<A>}});
   }
 
   void add_max_gradients(A* dx, const A* x, const A* g, A* winners) const {

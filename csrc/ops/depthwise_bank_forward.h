@@ -82,7 +82,7 @@ class Forward {
                 int64_t rows) const {
     const Pixels<A> out = target(y, strip, group, top);
     const Pixels<const A> in{x + top * s_.stride * padded_.pitch, s_.stride * padded_.pitch, s_.stride * kLanes<A>};
-    sum_taps(out, in, rows, s_.out_width, {{&taps, 1}, {}, weights, {}});
+    sum_taps(out, in, rows, s_.out_width, {{&taps, 1}, 1, weights, {}});
     if (&taps == &average_) divide_by_places(out, top, rows, s_);
     finish(y, strip, group, top, rows);
   }

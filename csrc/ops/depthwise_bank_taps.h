@@ -129,10 +129,11 @@ FASTNAS_INLINE inline void add_map(V (&sum)[Rows][Columns], const A* in, int64_t
   add_any_taps<Stride>(sum, in, in_row, taps, weights);
 }
 
-// What a sum consists of: `gated` maps, whose sum becomes zero where the ReLU of `x`, if given, is closed, and others.
+// What a sum consists of: maps, the sum of whose first `gated` becomes zero where the ReLU of `x`, if given, is closed.
 template <class A>
 struct Sum {
-  std::span<const Taps> gated, plain;
+  std::span<const Taps> maps;
+  size_t gated;
   const A* weights;
   Pixels<const A> x;  // NaN passes, as in torch.relu's gradient
 };
@@ -149,26 +150,24 @@ FASTNAS_INLINE inline void sum_tiles(Pixels<A> out, Pixels<const A> in, int64_t 
       const int64_t top = std::min(i, rows - Rows);
       for (int64_t lane = 0; lane < kLanes<A>; lane += kVector) {
         const A *from = in.at(top, left) + lane, *weights = of.weights + lane;
-        const auto total = [&](V(&sum)[Rows][Columns], std::span<const Taps> maps) FASTNAS_INLINE {
+        for (int r = 0; of.maps.empty() && r < Rows; ++r)
+          for (int c = 0; c < Columns; ++c) put(out.at(top + r, left + c) + lane, V{});
+        // Each map has a sum of its own: rounding errors of one long chain would pile up.
+        for (size_t k = 0; k < of.maps.size(); ++k) {
+          const Taps& taps = of.maps[k];
+          V sum[Rows][Columns];
           for (int r = 0; r < Rows; ++r)
             for (int c = 0; c < Columns; ++c) sum[r][c] = V{};
-          for (const Taps& taps : maps) add_map<Stride>(sum, from + taps.first, in.row, taps, weights + taps.weight);
-        };
-        V sum[Rows][Columns];
-        total(sum, of.gated);
-        if (of.x.data)
+          add_map<Stride>(sum, from + taps.first, in.row, taps, weights + taps.weight);
+          const bool gate = of.x.data && k + 1 == of.gated;
           for (int r = 0; r < Rows; ++r)
-            for (int c = 0; c < Columns; ++c)
-              sum[r][c] = get<V>(of.x.at(top + r, left + c) + lane) <= A(0) ? V{} : sum[r][c];
-        for (int r = 0; r < Rows; ++r)
-          for (int c = 0; c < Columns; ++c) put(out.at(top + r, left + c) + lane, sum[r][c]);
-        if (of.plain.empty()) continue;
-        total(sum, of.plain);
-        for (int r = 0; r < Rows; ++r)
-          for (int c = 0; c < Columns; ++c) {
-            A* to = out.at(top + r, left + c) + lane;
-            put(to, get<V>(to) + sum[r][c]);
-          }
+            for (int c = 0; c < Columns; ++c) {
+              A* to = out.at(top + r, left + c) + lane;
+              if (k > 0) sum[r][c] += get<V>(to);
+              if (gate) sum[r][c] = get<V>(of.x.at(top + r, left + c) + lane) <= A(0) ? V{} : sum[r][c];
+              put(to, sum[r][c]);
+            }
+        }
       }
     }
   }
