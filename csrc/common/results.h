@@ -19,10 +19,10 @@ using torch::stable::Tensor;
 
 inline Tensor on_huge_pages(Tensor t) {
 #ifdef __linux__
-  constexpr uintptr_t kHugePage = 2 << 20, kPage = 4096;
+  constexpr uintptr_t kLarge = 1 << 19, kPage = 4096;  // results lie side by side: several share a huge page
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()), bytes = t.numel() * t.element_size();
   // A hint: nothing depends on whether it is granted.
-  if (bytes >= kHugePage) madvise(reinterpret_cast<void*>(begin / kPage * kPage), bytes + begin % kPage, MADV_HUGEPAGE);
+  if (bytes >= kLarge) madvise(reinterpret_cast<void*>(begin / kPage * kPage), bytes + begin % kPage, MADV_HUGEPAGE);
 #endif
   return t;
 }

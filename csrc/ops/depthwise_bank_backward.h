@@ -2,39 +2,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
+#include "ops/depthwise_bank_correlate.h"
 #include "ops/depthwise_bank_plan.h"
 #include "ops/depthwise_bank_pool.h"
 
 namespace fastnas::bank {
-
-template <class A>
-void add_pixels(Pixels<A> to, Pixels<const A> from, int64_t rows, int64_t columns) {
-  vectorised([&]() FASTNAS_INLINE {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) {
-        A* out = to.data + r * to.row + c * to.column;
-        const A* in = from.data + r * from.row + c * from.column;
-#pragma omp simd
-        for (int64_t lane = 0; lane < kLanes<A>; ++lane) out[lane] += in[lane];
-      }
-  });
-}
-
-// dx becomes zero where the ReLU was closed; NaN passes, as in torch.relu's gradient.
-template <class A>
-void mask_pixels(Pixels<A> dx, Pixels<const A> x, int64_t rows, int64_t columns) {
-  vectorised([&]() FASTNAS_INLINE {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 0; c < columns; ++c) {
-        A* out = dx.data + r * dx.row + c * dx.column;
-        const A* in = x.data + r * x.row + c * x.column;
-#pragma omp simd
-        for (int64_t lane = 0; lane < kLanes<A>; ++lane) out[lane] = in[lane] <= A(0) ? A(0) : out[lane];
-      }
-  });
-}
 
 // Per group: the gradients of all outputs and x come into padded buffers; then, strip by strip, the weight gradients
 // and the input gradient of all branches.
@@ -54,19 +29,17 @@ class Backward {
         x_padded_(s_.height, s_.width, bank.halo),
         g_padded_(s_.out_height, s_.out_width, (bank.halo + s_.stride - 1) / s_.stride),
         dx_dense_(s_.height, s_.width, 0),
-        weights_(weights, s_.channels, groups_.phases) {
+        corners_(bank.s.stride == 1 ? 1 : 4),
+        weights_(weights, s_.channels, groups_.phases, find_taps()) {
     if (dx) dx_.emplace_back(*dx);
     if (weight_grad)
       for (const Kernel& kernel : bank.kernels) {
-        auto offsets = input_offsets<A>(kernel, x_padded_.pitch);
-        offsets.resize((offsets.size() + kTapSet - 1) / kTapSet * kTapSet, 0);  // sums that nobody reads
-        sums_ += offsets.size() * kLanes<A>;
-        offsets_.push_back(offsets);
+        correlated_.push_back(forward_taps<A>(kernel, x_padded_.pitch, 0));
+        sums_ += sums(correlated_.size() - 1);
       }
-    if (dx) find_taps();
   }
 
-  // Returns the sums of the weight gradients: [phase][tap, filled up to whole sets kernel by kernel][lane].
+  // Returns the sums of the weight gradients: [phase][tap of all kernels][lane].
   std::vector<double> run() const {
     // Groups of one phase make a unit of work. Units do not depend on the threads, so neither do their sums.
     constexpr int64_t kUnits = 128;
@@ -74,7 +47,7 @@ class Backward {
     const int64_t parts = std::min(in_phase, std::max<int64_t>(1, kUnits / groups_.phases));
     const int64_t units = parts * groups_.phases;
     const int64_t in_unit = std::max<int64_t>(1, in_phase / std::max<int64_t>(1, parts));
-    const int64_t grain = std::max<int64_t>(1, groups_a_thread(s_, 2 * weights_.taps()) / in_unit);
+    const int64_t grain = std::max<int64_t>(1, groups_a_thread(s_, 2 * tap_count(bank_.kernels)) / in_unit);
     std::vector<A> sums(units * sums_);
     torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
       with_workspace<A>(memory_size(), [&](A* memory) {
@@ -97,28 +70,46 @@ class Backward {
 
   // Elements of a phase of those sums, or of one kernel in it.
   int64_t sums() const { return sums_; }
-  int64_t sums(size_t kernel) const { return offsets_[kernel].size() * kLanes<A>; }
+  int64_t sums(size_t kernel) const { return bank_.kernels[kernel].taps() * kLanes<A>; }
   int64_t phases() const { return groups_.phases; }
 
  private:
-  void find_taps() {
+  // One of every stride x stride input pixels, and the taps that lead there: first of convolutions after the ReLU, then
+  // of the rest.
+  struct Corner {
+    int64_t row, column;
+    std::vector<Taps> maps;
+    size_t gated;
+  };
+
+  // Fills in the corners; returns the order in which they use the weights.
+  std::vector<int64_t> find_taps() {
+    std::vector<int64_t> order;
     const int64_t stride = s_.stride;
-    for (int64_t row = 0; row < stride; ++row)
-      for (int64_t column = 0; column < stride; ++column) {
-        Corner corner{row, column, {}, {}};
-        std::vector<Tap>& taps = bank_.relu ? corner.masked : corner.plain;
-        int64_t weight = 0, buffer = 0;
-        for (const Kernel& kernel : bank_.kernels) {
-          append_backward_taps<A>(taps, kernel, buffer, g_padded_.pitch, weight, kLanes<A>, stride, row, column);
-          weight += kernel.taps() * kLanes<A>;
-          buffer += g_padded_.elements;
-        }
-        if (bank_.max_pool) buffer += g_padded_.elements;
-        if (bank_.avg_pool)
-          append_backward_taps<A>(corner.plain, kAverage, buffer, g_padded_.pitch, weights_.one(), 0, stride, row,
-                                  column);
-        corners_.push_back(std::move(corner));
-      }
+    for (size_t i = 0; i < corners_.size(); ++i) {
+      Corner& corner = corners_[i];
+      corner.row = i / stride;
+      corner.column = i % stride;
+      int64_t tap = 0, buffer = 0;
+      // Its weights are those from number `tap` on, `apart` apart.
+      const auto append = [&](const Kernel& kernel, int64_t apart) {
+        const BackwardLine down(kernel, stride, corner.row), right(kernel, stride, corner.column);
+        const int64_t rows = down.taps.size(), size = right.taps.size();
+        if (rows * size > 0)
+          corner.maps.push_back({buffer + down.first * g_padded_.pitch + right.first * kLanes<A>,
+                                 down.step * g_padded_.pitch, rows, size, right.step,
+                                 static_cast<int64_t>(order.size()) * kLanes<A>});
+        for (int64_t y : down.taps)
+          for (int64_t x : right.taps) order.push_back(tap + (y * kernel.size + x) * apart);
+        tap += kernel.taps() * apart;
+        buffer += g_padded_.elements;
+      };
+      for (const Kernel& kernel : bank_.kernels) append(kernel, 1);
+      corner.gated = corner.maps.size();
+      if (bank_.max_pool) buffer += g_padded_.elements;
+      if (bank_.avg_pool) append(kAverage, 0);
+    }
+    return order;
   }
 
   int64_t memory_size() const {
@@ -127,17 +118,24 @@ class Backward {
 
   void group(Group group, const A* weights, A* memory, A* sums) const {
     A* g = memory + g_padded_.at(0, 0);
-    for (size_t i = 0; i < gs_.size(); ++i) pack(g + i * g_padded_.elements, g_padded_.pitch, gs_[i], group, false);
     memory += gs_.size() * g_padded_.elements;
     A* x = memory + x_padded_.at(0, 0);
     if (sums_ || bank_.relu || bank_.max_pool) pack(x, x_padded_.pitch, x_, group, bank_.relu);
-    if (sums_) add_weight_gradients(sums, x, g);
+    for (int64_t top = 0; top < s_.out_height; top += strip_rows(s_)) take_strip(sums, x, g, group, top);
     if (dx_.empty()) return;
     A* dx = memory + 2 * x_padded_.elements;
     if (bank_.avg_pool)
       divide_by_places(Pixels<A>{g + (gs_.size() - 1) * g_padded_.elements, g_padded_.pitch, kLanes<A>}, 0,
                        s_.out_height, s_);
-    for (const Corner& corner : corners_) add_taps(corner, dx, x, g, weights, dx + dx_dense_.elements);
+    // dx in lanes is written in place, unless maxima are added to it.
+    const bool in_place = dx_[0].in_lanes() && !bank_.max_pool;
+    if constexpr (std::is_same_v<T, A>)
+      if (in_place) {
+        const Pixels<A> out{dx_[0].plane(group.first), dx_[0].row, dx_[0].column};
+        for (const Corner& corner : corners_) add_taps(corner, out, x, g, weights);
+        return;
+      }
+    for (const Corner& corner : corners_) add_taps(corner, {dx, dx_dense_.pitch, kLanes<A>}, x, g, weights);
     if (bank_.max_pool) {
       A* raw = bank_.raw_input() ? x + x_padded_.elements : x;
       if (bank_.raw_input()) pack(raw, x_padded_.pitch, x_, group, false);
@@ -146,45 +144,29 @@ class Backward {
     unpack(dx_[0], dx, group, 0, s_.height);
   }
 
-  void add_weight_gradients(A* sums, const A* x, const A* g) const {
-    const int64_t step = strip_rows(s_), stride = s_.stride;
-    for (int64_t top = 0; top < s_.out_height; top += step) {
-      const Pixels<const A> in{x + top * stride * x_padded_.pitch, stride * x_padded_.pitch, stride * kLanes<A>};
-      A* to = sums;
-      for (size_t k = 0; k < offsets_.size(); ++k) {
-        const Pixels<const A> grad{g + k * g_padded_.elements + top * g_padded_.pitch, g_padded_.pitch, kLanes<A>};
-        correlate(to, offsets_[k], in, grad, std::min(step, s_.out_height - top), s_.out_width);
-        to += offsets_[k].size() * kLanes<A>;
-      }
+  // Copies rows of all gradients into their buffers, and adds what they give to the weight gradients while they are in
+  // the level 1 cache.
+  void take_strip(A* sums, const A* x, A* g, Group group, int64_t top) const {
+    const int64_t rows = std::min(strip_rows(s_), s_.out_height - top), stride = s_.stride;
+    const Pixels<const A> in{x + top * stride * x_padded_.pitch, stride * x_padded_.pitch, stride * kLanes<A>};
+    for (size_t k = 0; k < gs_.size(); ++k) {
+      A* strip = g + k * g_padded_.elements + top * g_padded_.pitch;
+      pack(strip, g_padded_.pitch, gs_[k].rows(top, rows), group, false);
+      if (k >= correlated_.size()) continue;
+      correlate(sums, correlated_[k], in, {strip, g_padded_.pitch, kLanes<A>}, rows, s_.out_width);
+      sums += this->sums(k);
     }
   }
 
-  // One of every stride x stride input pixels, and the taps that lead there: of convolutions after the ReLU, and of the
-  // rest.
-  struct Corner {
-    int64_t row, column;
-    std::vector<Tap> masked, plain;
-  };
-
-  void add_taps(const Corner& corner, A* dx, const A* x, const A* g, const A* weights, A* scratch) const {
-    const int64_t stride = s_.stride, pitch = dx_dense_.pitch, step = strip_rows(s_);
+  void add_taps(const Corner& corner, Pixels<A> dx, const A* x, const A* g, const A* weights) const {
+    const int64_t stride = s_.stride, pitch = x_padded_.pitch;
     const int64_t height = (s_.height - corner.row + stride - 1) / stride;
     const int64_t width = (s_.width - corner.column + stride - 1) / stride;
-    if (width == 0) return;
-    const bool mask = bank_.relu && !bank_.kernels.empty();
-    for (int64_t top = 0; top < height; top += step) {
-      const int64_t rows = std::min(step, height - top), row = stride * top + corner.row;
-      const Pixels<A> out{dx + row * pitch + corner.column * kLanes<A>, stride * pitch, stride * kLanes<A>};
-      const Pixels<const A> in{g + top * g_padded_.pitch, g_padded_.pitch, kLanes<A>};
-      sum_taps(out, in, rows, width, mask ? corner.masked : corner.plain, weights);
-      if (!mask) continue;
-      mask_pixels(out,
-                  {x + row * x_padded_.pitch + corner.column * kLanes<A>, stride * x_padded_.pitch, stride * kLanes<A>},
-                  rows, width);
-      if (corner.plain.empty()) continue;
-      sum_taps({scratch, width * kLanes<A>, kLanes<A>}, in, rows, width, corner.plain, weights);
-      add_pixels(out, {scratch, width * kLanes<A>, kLanes<A>}, rows, width);
-    }
+    if (width == 0 || height == 0) return;
+    const A* open = bank_.relu ? x + corner.row * pitch + corner.column * kLanes<A> : nullptr;
+    sum_taps<A>({dx.at(corner.row, corner.column), stride * dx.row, stride * dx.column},
+                {g, g_padded_.pitch, kLanes<A>}, height, width,
+                {corner.maps, corner.gated, weights, {open, stride * pitch, stride * kLanes<A>}});
   }
 
   void add_max_gradients(A* dx, const A* x, const A* g, A* winners) const {
@@ -200,10 +182,10 @@ class Backward {
   std::vector<Map<T>> dx_;  // one, or none when it is not needed
   Groups<A> groups_;
   Padded<A> x_padded_, g_padded_, dx_dense_;
-  LaneWeights<A> weights_;
-  std::vector<std::vector<int64_t>> offsets_;  // by kernel, filled up to whole sets
-  int64_t sums_ = 0;                           // elements of all kernels' sums
   std::vector<Corner> corners_;
+  LaneWeights<A> weights_;
+  std::vector<Taps> correlated_;  // by kernel
+  int64_t sums_ = 0;              // elements of all kernels' sums
 };
 
 }  // namespace fastnas::bank

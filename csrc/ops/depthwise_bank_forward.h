@@ -22,18 +22,18 @@ class Forward {
         ys_(ys.begin(), ys.end()),
         groups_(s_),
         padded_(s_.height, s_.width, bank.halo),
-        weights_(weights, s_.channels, groups_.phases) {
+        weights_(weights, s_.channels, groups_.phases, order(bank)) {
     int64_t weight = 0;
     for (const Kernel& kernel : bank.kernels) {
-      taps_.push_back(forward_taps<A>(kernel, padded_.pitch, weight, kLanes<A>));
+      taps_.push_back(forward_taps<A>(kernel, padded_.pitch, weight));
       weight += kernel.taps() * kLanes<A>;
     }
-    if (bank.avg_pool) average_ = forward_taps<A>(kAverage, padded_.pitch, weights_.one(), 0);
+    average_ = forward_taps<A>(kAverage, padded_.pitch, weight);
   }
 
   void run() const {
     const int64_t inputs = padded_.elements * (bank_.raw_input() ? 2 : 1);
-    torch::stable::parallel_for(0, groups_.count, groups_a_thread(s_, weights_.taps()),
+    torch::stable::parallel_for(0, groups_.count, groups_a_thread(s_, tap_count(bank_.kernels)),
                                 [&](int64_t begin, int64_t end) {
                                   with_workspace<A>(inputs + strip_rows(s_) * s_.out_width * kLanes<A>, [&](A* memory) {
                                     for (int64_t i = begin; i < end; ++i) group(i, memory, memory + inputs);
@@ -42,6 +42,14 @@ class Forward {
   }
 
  private:
+  // Kernel by kernel, then the ones of the average.
+  static std::vector<int64_t> order(const Bank& bank) {
+    const int64_t count = tap_count(bank.kernels);
+    std::vector<int64_t> taps(count + (bank.avg_pool ? kAverage.taps() : 0), count);
+    std::iota(taps.begin(), taps.begin() + count, 0);
+    return taps;
+  }
+
   void group(int64_t index, A* memory, A* strip) const {
     const Group group = groups_[index];
     A* x = memory + padded_.at(0, 0);
@@ -53,7 +61,7 @@ class Forward {
     for (int64_t top = 0; top < s_.out_height; top += step) {
       const int64_t rows = std::min(step, s_.out_height - top);
       auto y = ys_.begin();
-      for (const auto& taps : taps_) convolve(*y++, x, taps, weights, strip, group, top, rows);
+      for (const Taps& taps : taps_) convolve(*y++, x, taps, weights, strip, group, top, rows);
       if (bank_.max_pool) pool(*y++, raw, strip, group, top, rows);
       if (bank_.avg_pool) convolve(*y++, raw, average_, weights, strip, group, top, rows);
     }
@@ -70,11 +78,11 @@ class Forward {
     if (!y.in_lanes()) unpack(y, strip, group, top, rows);
   }
 
-  void convolve(const Map<T>& y, const A* x, const std::vector<Tap>& taps, const A* weights, A* strip, Group group,
-                int64_t top, int64_t rows) const {
+  void convolve(const Map<T>& y, const A* x, const Taps& taps, const A* weights, A* strip, Group group, int64_t top,
+                int64_t rows) const {
     const Pixels<A> out = target(y, strip, group, top);
     const Pixels<const A> in{x + top * s_.stride * padded_.pitch, s_.stride * padded_.pitch, s_.stride * kLanes<A>};
-    sum_taps(out, in, rows, s_.out_width, taps, weights);
+    sum_taps(out, in, rows, s_.out_width, {{&taps, 1}, 1, weights, {}});
     if (&taps == &average_) divide_by_places(out, top, rows, s_);
     finish(y, strip, group, top, rows);
   }
@@ -93,8 +101,8 @@ class Forward {
   Groups<A> groups_;
   Padded<A> padded_;
   LaneWeights<A> weights_;
-  std::vector<std::vector<Tap>> taps_;
-  std::vector<Tap> average_;
+  std::vector<Taps> taps_;
+  Taps average_;
 };
 
 }  // namespace fastnas::bank

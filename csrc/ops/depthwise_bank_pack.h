@@ -40,6 +40,13 @@ struct Map {
         by_pixel(channels > 1 && channel == 1) {}
 
   FASTNAS_INLINE T* plane(int64_t index) const { return data + index / channels * batch + index % channels * channel; }
+  // Rows [top, top + count), as far as there are any.
+  Map rows(int64_t top, int64_t count) const {
+    Map part = *this;
+    part.data += top * row;
+    part.height = std::min(count, height - top);
+    return part;
+  }
   // Whether the lanes of a group are adjacent channels of one image, stored as they are summed.
   bool in_lanes() const { return std::is_same_v<T, acc_t<T>> && by_pixel && channels % kLanes<acc_t<T>> == 0; }
 };

@@ -102,72 +102,69 @@ inline int64_t groups_a_thread(const Sizes& s, int64_t taps) {
 // Rows of the result that are worked on at a time: with those of the inputs they fit in the level 1 cache.
 inline int64_t strip_rows(const Sizes& s) { return std::clamp<int64_t>(128 / s.out_width, 1, s.out_height); }
 
-// All kernels' weights in lanes, phase by phase: [phase][tap of all kernels, in order, then a one][lane].
+// Weights in lanes in the order in which they are used, phase by phase: [phase][place in `order`][lane]. `order` holds
+// tap numbers, counted through all kernels; the number of taps itself stands for a weight of one.
 template <class A>
 class LaneWeights {
  public:
-  LaneWeights(const std::vector<Tensor>& weights, int64_t channels, int64_t phases) {
-    for (const auto& w : weights) taps_ += w.size(2) * w.size(3);
-    values_.resize(phases * stride());
-    int64_t first = 0;
+  LaneWeights(const std::vector<Tensor>& weights, int64_t channels, int64_t phases, const std::vector<int64_t>& order)
+      : stride_(order.size() * kLanes<A>), values_(phases * stride_) {
+    std::vector<std::vector<A>> taps;  // by channel
     for (const auto& w : weights) {
       const std::vector<A> values = host_values<A>(w);
-      const int64_t taps = w.size(2) * w.size(3);
-      for (int64_t p = 0; p < phases; ++p)
-        for (int64_t k = 0; k < taps; ++k)
-          for (int64_t lane = 0; lane < kLanes<A>; ++lane)
-            values_[p * stride() + (first + k) * kLanes<A> + lane] =
-                values[(p * kLanes<A> + lane) % channels * taps + k];
-      first += taps;
+      const int64_t count = w.size(2) * w.size(3);
+      for (int64_t k = 0; k < count; ++k) {
+        taps.emplace_back(channels);
+        for (int64_t c = 0; c < channels; ++c) taps.back()[c] = values[c * count + k];
+      }
     }
-    for (int64_t p = 0; p < phases; ++p) std::fill_n(values_.begin() + p * stride() + one(), kLanes<A>, A(1));
+    taps.emplace_back(channels, A(1));
+    A* to = values_.data();
+    for (int64_t p = 0; p < phases; ++p)
+      for (int64_t tap : order)
+        for (int64_t lane = 0; lane < kLanes<A>; ++lane) *to++ = taps[tap][(p * kLanes<A> + lane) % channels];
   }
-  int64_t taps() const { return taps_; }
-  const A* phase(int64_t p) const { return values_.data() + p * stride(); }
-  int64_t one() const { return taps_ * kLanes<A>; }
+  const A* phase(int64_t p) const { return values_.data() + p * stride_; }
 
  private:
-  int64_t stride() const { return (taps_ + 1) * kLanes<A>; }
-  int64_t taps_ = 0;
+  int64_t stride_;
   std::vector<A> values_;
 };
 
-// Offsets of a kernel's inputs, tap by tap, from the input pixel under the middle of the kernel.
-template <class A>
-std::vector<int64_t> input_offsets(const Kernel& kernel, int64_t pitch) {
-  std::vector<int64_t> out;
-  for (int64_t i = 0; i < kernel.size; ++i)
-    for (int64_t j = 0; j < kernel.size; ++j)
-      out.push_back((i * kernel.dilation - kernel.padding()) * pitch +
-                    (j * kernel.dilation - kernel.padding()) * kLanes<A>);
-  return out;
+// Multiply-adds a pixel of the result.
+inline int64_t tap_count(const std::vector<Kernel>& kernels) {
+  int64_t count = 0;
+  for (const Kernel& kernel : kernels) count += kernel.taps();
+  return count;
 }
 
-// The taps of a kernel whose weights begin at `weight`, `step` apart.
+// The taps of a kernel, from the input pixel under its middle; the weights begin at `weight`.
 template <class A>
-std::vector<Tap> forward_taps(const Kernel& kernel, int64_t pitch, int64_t weight, int64_t step) {
-  std::vector<Tap> out;
-  for (int64_t offset : input_offsets<A>(kernel, pitch)) {
-    out.push_back({offset, weight});
-    weight += step;
-  }
-  return out;
+Taps forward_taps(const Kernel& kernel, int64_t pitch, int64_t weight) {
+  return {-kernel.padding() * (pitch + kLanes<A>),
+          kernel.dilation * pitch,
+          kernel.size,
+          kernel.size,
+          kernel.dilation,
+          weight};
 }
 
-// Appends the taps that take the gradient of a kernel's output, `buffer` elements away, back to the input pixels
-// (stride * i + row, stride * j + column), counted from gradient pixel (i, j). Every one of stride x stride
-// neighbouring input pixels has its own taps.
-template <class A>
-void append_backward_taps(std::vector<Tap>& out, const Kernel& kernel, int64_t buffer, int64_t pitch, int64_t weight,
-                          int64_t step, int64_t stride, int64_t row, int64_t column) {
-  for (int64_t i = 0; i < kernel.size; ++i)
-    for (int64_t j = 0; j < kernel.size; ++j, weight += step) {
-      const int64_t down = row + kernel.padding() - i * kernel.dilation;
-      const int64_t right = column + kernel.padding() - j * kernel.dilation;
-      if (down % stride == 0 && right % stride == 0)
-        out.push_back({buffer + down / stride * pitch + right / stride * kLanes<A>, weight});
+// The places of a kernel's row or column through which a gradient goes back to input pixel stride * i + place, counted
+// from gradient pixel i: the first, how far they are apart, and their tap numbers.
+struct BackwardLine {
+  int64_t first = 0, step = 1;
+  std::vector<int64_t> taps;
+
+  BackwardLine(const Kernel& kernel, int64_t stride, int64_t place) {
+    for (int64_t k = kernel.size - 1; k >= 0; --k) {
+      const int64_t at = place + kernel.padding() - k * kernel.dilation;
+      if (at % stride != 0) continue;
+      if (taps.empty()) first = at / stride;
+      if (taps.size() == 1) step = at / stride - first;
+      taps.push_back(k);
     }
-}
+  }
+};
 
 // Memory of a thread for its groups, all zero. It is kept from call to call up to a size, because fresh pages cost more
 // than the arithmetic on them.

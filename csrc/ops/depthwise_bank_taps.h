@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <type_traits>
-#include <vector>
+#include <utility>
 
 #include "common/dtype.h"
 #include "common/simd.h"
@@ -49,127 +50,151 @@ inline void vectorised_by_width(const Body& body) {
   run(std::integral_constant<int, 16>{})();
 }
 
-// One term of a sum: weights[weight + lane] * in[input + lane], `input` counted from the pixel at hand.
-struct Tap {
-  int64_t input, weight;
-};
+// body(std::integral_constant<int, 0>{}), ... <int, N - 1>{}: a loop whose indices are constants.
+template <int N, class Body>
+FASTNAS_INLINE inline void unrolled(const Body& body) {
+  const auto all = [&]<int... I>(std::integer_sequence<int, I...>)
+                       FASTNAS_INLINE { (body(std::integral_constant<int, I>{}), ...); };
+  all(std::make_integer_sequence<int, N>{});
+}
+
+// Keeps the compiler from turning offsets from p, which instructions hold for nothing, into pointers of their own.
+template <class A>
+FASTNAS_INLINE inline const A* one_pointer(const A* p) {
+  asm("" : "+r"(p));
+  return p;
+}
 
 // A rectangle of pixels in lanes; steps in elements.
 template <class A>
 struct Pixels {
   A* data;
   int64_t row, column;
+
+  FASTNAS_INLINE A* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
 };
 
-// A tile of Rows x Columns sums in registers. Each tap loads its weights once for the tile and takes its inputs as
-// memory operands: 9 loads for 8 multiply-adds, while a core does two of each in a cycle.
-template <class V, int Rows, int Columns, int Stride, class A>
-FASTNAS_INLINE inline void sum_tile(A* out, int64_t out_row, int64_t out_column, const A* in, int64_t in_row,
-                                    const std::vector<Tap>& taps, const A* weights) {
-  constexpr int64_t kVector = sizeof(V) / sizeof(A);
-  for (int64_t lane = 0; lane < kLanes<A>; lane += kVector) {
-    V sum[Rows][Columns];
-    for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Columns; ++c) sum[r][c] = V{};
-    for (const Tap& tap : taps) {
-      const V w = get<V>(weights + tap.weight + lane);
-      const A* p = in + tap.input + lane;
-      for (int r = 0; r < Rows; ++r)
-        for (int c = 0; c < Columns; ++c) sum[r][c] += get<V>(p + r * in_row + c * Stride * kLanes<A>) * w;
-    }
-    for (int r = 0; r < Rows; ++r)
-      for (int c = 0; c < Columns; ++c) put(out + r * out_row + c * out_column + lane, sum[r][c]);
+// What a sum takes from one map, counted from the pixel at hand: `rows` x `size` values, the first `first` elements
+// away, rows `row` elements apart and columns `dilation` pixels. Their weights lie in the same order from `weight` on.
+struct Taps {
+  int64_t first, row, rows, size, dilation, weight;
+};
+
+// Adds one map's taps to a tile of sums. An input is loaded once for the taps of a row that meet in it.
+template <int Size, int Dilation, int Stride, class V, int Rows, int Columns, class A>
+FASTNAS_INLINE inline void add_taps(V (&sum)[Rows][Columns], const A* in, int64_t in_row, const Taps& taps,
+                                    const A* weights) {
+  for (int64_t i = 0; i < taps.rows; ++i) {
+    V w[Size];
+    unrolled<Size>([&](auto j) FASTNAS_INLINE { w[j] = get<V>(weights + (i * Size + j) * kLanes<A>); });
+    unrolled<Rows>([&](auto r) FASTNAS_INLINE {
+      const A* p = one_pointer(in + i * taps.row + r * in_row);
+      unrolled<(Columns - 1) * Stride + (Size - 1) * Dilation + 1>([&](auto place) FASTNAS_INLINE {
+        const V x = get<V>(p + place * kLanes<A>);
+        unrolled<Size>([&](auto j) FASTNAS_INLINE {
+          constexpr int apart = place - j * Dilation, c = apart / Stride;
+          if constexpr (apart >= 0 && apart % Stride == 0 && c < Columns) sum[r][c] += x * w[j];
+        });
+      });
+    });
   }
 }
 
-// Tiles over rows x columns pixels; the last ones move back over their neighbours instead of shrinking.
+// The same for any size and dilation: a load for each product.
+template <int Stride, class V, int Rows, int Columns, class A>
+FASTNAS_INLINE inline void add_any_taps(V (&sum)[Rows][Columns], const A* in, int64_t in_row, const Taps& taps,
+                                        const A* weights) {
+  for (int64_t i = 0; i < taps.rows; ++i)
+    for (int64_t j = 0; j < taps.size; ++j, weights += kLanes<A>) {
+      const V w = get<V>(weights);
+      for (int r = 0; r < Rows; ++r) {
+        const A* p = one_pointer(in + i * taps.row + j * taps.dilation * kLanes<A> + r * in_row);
+        for (int c = 0; c < Columns; ++c) sum[r][c] += get<V>(p + c * Stride * kLanes<A>) * w;
+      }
+    }
+}
+
+// The kernels of NAS: 3x3 and 5x5, plain and dilated. At stride 2 gradients go back through 1, 2 or 3 taps a row.
+template <int Stride, class V, int Rows, int Columns, class A>
+FASTNAS_INLINE inline void add_map(V (&sum)[Rows][Columns], const A* in, int64_t in_row, const Taps& taps,
+                                   const A* weights) {
+  if constexpr (Rows * Columns >= 8) {
+    const int64_t kind = taps.dilation <= 2 ? 10 * taps.size + taps.dilation : 0;
+    if (kind == 31) return add_taps<3, 1, Stride>(sum, in, in_row, taps, weights);
+    if (kind == 51) return add_taps<5, 1, Stride>(sum, in, in_row, taps, weights);
+    if (kind == 32) return add_taps<3, 2, Stride>(sum, in, in_row, taps, weights);
+    if (kind == 52) return add_taps<5, 2, Stride>(sum, in, in_row, taps, weights);
+    if (kind == 21) return add_taps<2, 1, Stride>(sum, in, in_row, taps, weights);
+  }
+  add_any_taps<Stride>(sum, in, in_row, taps, weights);
+}
+
+// What a sum consists of: maps, the sum of whose first `gated` becomes zero where the ReLU of `x`, if given, is closed.
+template <class A>
+struct Sum {
+  std::span<const Taps> maps;
+  size_t gated;
+  const A* weights;
+  Pixels<const A> x;  // NaN passes, as in torch.relu's gradient
+};
+
+// Tiles over rows x columns pixels; the last ones move back over their neighbours instead of shrinking. They go down
+// the map, so that what the next one needs besides is a row of inputs.
 template <class V, int Rows, int Columns, int Stride, class A>
 FASTNAS_INLINE inline void sum_tiles(Pixels<A> out, Pixels<const A> in, int64_t rows, int64_t columns,
-                                     const std::vector<Tap>& taps, const A* weights) {
-  for (int64_t i = 0; i < rows; i += Rows) {
-    const int64_t r = std::min(i, rows - Rows);
-    for (int64_t j = 0; j < columns; j += Columns) {
-      const int64_t c = std::min(j, columns - Columns);
-      sum_tile<V, Rows, Columns, Stride>(out.data + r * out.row + c * out.column, out.row, out.column,
-                                         in.data + r * in.row + c * in.column, in.row, taps, weights);
+                                     const Sum<A>& of) {
+  constexpr int64_t kVector = sizeof(V) / sizeof(A);
+  for (int64_t j = 0; j < columns; j += Columns) {
+    const int64_t left = std::min(j, columns - Columns);
+    for (int64_t i = 0; i < rows; i += Rows) {
+      const int64_t top = std::min(i, rows - Rows);
+      for (int64_t lane = 0; lane < kLanes<A>; lane += kVector) {
+        const A *from = in.at(top, left) + lane, *weights = of.weights + lane;
+        for (int r = 0; of.maps.empty() && r < Rows; ++r)
+          for (int c = 0; c < Columns; ++c) put(out.at(top + r, left + c) + lane, V{});
+        // Each map has a sum of its own: rounding errors of one long chain would pile up.
+        for (size_t k = 0; k < of.maps.size(); ++k) {
+          const Taps& taps = of.maps[k];
+          V sum[Rows][Columns];
+          for (int r = 0; r < Rows; ++r)
+            for (int c = 0; c < Columns; ++c) sum[r][c] = V{};
+          add_map<Stride>(sum, from + taps.first, in.row, taps, weights + taps.weight);
+          const bool gate = of.x.data && k + 1 == of.gated;
+          for (int r = 0; r < Rows; ++r)
+            for (int c = 0; c < Columns; ++c) {
+              A* to = out.at(top + r, left + c) + lane;
+              if (k > 0) sum[r][c] += get<V>(to);
+              if (gate) sum[r][c] = get<V>(of.x.at(top + r, left + c) + lane) <= A(0) ? V{} : sum[r][c];
+              put(to, sum[r][c]);
+            }
+        }
+      }
     }
   }
 }
 
 template <class V, int Stride, class A>
 FASTNAS_INLINE inline void sum_in_best_tiles(Pixels<A> out, Pixels<const A> in, int64_t rows, int64_t columns,
-                                             const std::vector<Tap>& taps, const A* weights) {
+                                             const Sum<A>& of) {
   if constexpr (sizeof(V) == 64) {  // 32 registers
-    if (columns >= 16) return sum_tiles<V, 1, 16, Stride>(out, in, rows, columns, taps, weights);
-    if (columns >= 8 && rows >= 2) return sum_tiles<V, 2, 8, Stride>(out, in, rows, columns, taps, weights);
-    if (columns >= 4 && rows >= 4) return sum_tiles<V, 4, 4, Stride>(out, in, rows, columns, taps, weights);
+    if (columns >= 16) return sum_tiles<V, 1, 16, Stride>(out, in, rows, columns, of);
+    if (columns >= 8 && rows >= 2) return sum_tiles<V, 2, 8, Stride>(out, in, rows, columns, of);
+    if (columns >= 4 && rows >= 4) return sum_tiles<V, 4, 4, Stride>(out, in, rows, columns, of);
+  } else {
+    if (columns >= 8) return sum_tiles<V, 1, 8, Stride>(out, in, rows, columns, of);
+    if (columns >= 4 && rows >= 2) return sum_tiles<V, 2, 4, Stride>(out, in, rows, columns, of);
   }
-  if (columns >= 8) return sum_tiles<V, 1, 8, Stride>(out, in, rows, columns, taps, weights);
-  if (columns >= 4 && rows >= 2) return sum_tiles<V, 2, 4, Stride>(out, in, rows, columns, taps, weights);
-  if (columns >= 2 && rows >= 2) return sum_tiles<V, 2, 2, Stride>(out, in, rows, columns, taps, weights);
-  sum_tiles<V, 1, 1, Stride>(out, in, rows, columns, taps, weights);
+  if (columns >= 2 && rows >= 2) return sum_tiles<V, 2, 2, Stride>(out, in, rows, columns, of);
+  sum_tiles<V, 1, 1, Stride>(out, in, rows, columns, of);
 }
 
-// out = sum over taps of weight * input, for rows x columns pixels. `in` advances by one or two pixels a column.
+// out = the sum at rows x columns pixels. `in` advances by one or two pixels a column.
 template <class A>
-void sum_taps(Pixels<A> out, Pixels<const A> in, int64_t rows, int64_t columns, const std::vector<Tap>& taps,
-              const A* weights) {
+void sum_taps(Pixels<A> out, Pixels<const A> in, int64_t rows, int64_t columns, const Sum<A>& of) {
   vectorised_by_width([&](auto bytes) FASTNAS_INLINE {
     using V = typename VectorOf<A, decltype(bytes)::value>::type;
-    if (in.column == kLanes<A>) return sum_in_best_tiles<V, 1>(out, in, rows, columns, taps, weights);
-    sum_in_best_tiles<V, 2>(out, in, rows, columns, taps, weights);
-  });
-}
-
-// Weight gradients are summed in registers for this many taps at a time: enough independent sums to hide the latency of
-// the multiply-add, few enough for 16 registers. A 3x3 kernel is one such set, a 5x5 kernel three. A chain of additions
-// stays near this many pixels long, so that rounding errors do not pile up as in one long sum.
-constexpr int64_t kTapSet = 9;
-constexpr int64_t kChain = 64;
-
-template <class V, int Stride, class A>
-FASTNAS_INLINE inline void correlate_set(A* sums, const int64_t* offsets, Pixels<const A> x, Pixels<const A> g,
-                                         int64_t rows, int64_t columns) {
-  constexpr int64_t kVector = sizeof(V) / sizeof(A);
-  for (int64_t lane = 0; lane < kLanes<A>; lane += kVector) {
-    V sum[kTapSet];
-    const A* p[kTapSet];
-    for (int k = 0; k < kTapSet; ++k) {
-      sum[k] = V{};
-      p[k] = x.data + offsets[k] + lane;
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const A* gp = g.data + r * g.row + lane;
-      for (int64_t c = 0; c < columns; ++c) {
-        const V gv = get<V>(gp + c * kLanes<A>);
-        for (int k = 0; k < kTapSet; ++k) sum[k] += get<V>(p[k] + r * x.row + c * Stride * kLanes<A>) * gv;
-      }
-    }
-    for (int k = 0; k < kTapSet; ++k) {
-      A* to = sums + k * kLanes<A> + lane;
-      put<V>(to, get<V>(to) + sum[k]);
-    }
-  }
-}
-
-// sums[k] += sum over pixels of x[offsets[k]] * g, lane by lane; the number of offsets is a multiple of kTapSet.
-template <class A>
-void correlate(A* sums, const std::vector<int64_t>& offsets, Pixels<const A> x, Pixels<const A> g, int64_t rows,
-               int64_t columns) {
-  vectorised_by_width([&](auto bytes) FASTNAS_INLINE {
-    using V = typename VectorOf<A, decltype(bytes)::value>::type;
-    const int64_t step = std::max<int64_t>(1, kChain / columns);
-    for (size_t k = 0; k < offsets.size(); k += kTapSet)
-      for (int64_t top = 0; top < rows; top += step) {
-        const Pixels<const A> xs{x.data + top * x.row, x.row, x.column}, gs{g.data + top * g.row, g.row, g.column};
-        const int64_t n = std::min(step, rows - top);
-        A* set = sums + k * kLanes<A>;
-        if (x.column == kLanes<A>) {
-          correlate_set<V, 1>(set, offsets.data() + k, xs, gs, n, columns);
-        } else {
-          correlate_set<V, 2>(set, offsets.data() + k, xs, gs, n, columns);
-        }
-      }
+    if (in.column == kLanes<A>) return sum_in_best_tiles<V, 1>(out, in, rows, columns, of);
+    sum_in_best_tiles<V, 2>(out, in, rows, columns, of);
   });
 }
 
