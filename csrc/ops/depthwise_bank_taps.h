@@ -160,13 +160,16 @@ FASTNAS_INLINE inline void sum_tiles(Pixels<A> out, Pixels<const A> in, int64_t 
             for (int c = 0; c < Columns; ++c) sum[r][c] = V{};
           add_map<Stride>(sum, from + taps.first, in.row, taps, weights + taps.weight);
           const bool gate = of.x.data && k + 1 == of.gated;
+          // Conditions stay outside of the loops, which are unrolled, so that the sums stay in registers.
+          if (k > 0)
+            for (int r = 0; r < Rows; ++r)
+              for (int c = 0; c < Columns; ++c) sum[r][c] += get<V>(out.at(top + r, left + c) + lane);
+          if (gate)
+            for (int r = 0; r < Rows; ++r)
+              for (int c = 0; c < Columns; ++c)
+                sum[r][c] = get<V>(of.x.at(top + r, left + c) + lane) <= A(0) ? V{} : sum[r][c];
           for (int r = 0; r < Rows; ++r)
-            for (int c = 0; c < Columns; ++c) {
-              A* to = out.at(top + r, left + c) + lane;
-              if (k > 0) sum[r][c] += get<V>(to);
-              if (gate) sum[r][c] = get<V>(of.x.at(top + r, left + c) + lane) <= A(0) ? V{} : sum[r][c];
-              put(to, sum[r][c]);
-            }
+            for (int c = 0; c < Columns; ++c) put(out.at(top + r, left + c) + lane, sum[r][c]);
         }
       }
     }
