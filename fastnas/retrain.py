@@ -30,6 +30,7 @@ from fastnas.data import Data
 from fastnas.engine import networks
 from fastnas.engine.checkpoint import fits_settings_of, load_checkpoint, save_checkpoint
 from fastnas.engine.derived import DerivedNetwork
+from fastnas.engine.huge_pages import SETTLED, collapse_heap
 from fastnas.engine.retraining import PRECISIONS, Arithmetic, WeightAverage
 from fastnas.engine.stems import STEMS
 from fastnas.engine.training import (
@@ -170,6 +171,8 @@ def run_retrain(
                 figures = training.step(index, *next(batches))
                 means.add(figures)
                 progress.step(figures)
+                if index == first_epoch * steps + SETTLED:
+                    collapse_heap()
             record = {"epoch": epoch, **means.read()}
             if not math.isfinite(record["loss"]):
                 raise UserError(

@@ -24,6 +24,7 @@ from fastnas.config import WHICH_DATA, add_flags, as_flags, given, merge, option
 from fastnas.data import Data, Split
 from fastnas.engine.checkpoint import fits_settings_of, load_checkpoint, save_checkpoint
 from fastnas.engine.graphs import capture_steps
+from fastnas.engine.huge_pages import SETTLED, collapse_heap
 from fastnas.engine.training import Batch, Means, settled_heap
 from fastnas.errors import UserError, is_out_of_memory
 from fastnas.hashes import run_hashes
@@ -241,6 +242,8 @@ def _search(
                     figures = method.step(index, *batches)
                 means.add(figures)
                 progress.step(figures)
+                if index == first_epoch * steps + SETTLED:
+                    collapse_heap()
             record = {"epoch": epoch, **means.read()}
             trained = time.perf_counter()
             distributed.average_statistics(method.state_dict())

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> conv_stage_fwd(std::vector<Tensor> xs, std::optional<
     const Plan<T> plan(op, map, parts, paired<T>(op, map.channels, depthwise_weights, pointwise_weights), stride,
                        sources, false);
     const Frame<T>& f = plan.frame;
-    z = torch::stable::new_empty(xs[0], {plan.outputs, map.batch, f.out_height, f.out_width, plan.out_channels});
+    z = new_map(xs[0], {plan.outputs, map.batch, f.out_height, f.out_width, plan.out_channels});
     stats = torch::stable::new_empty(
         xs[0], statistics ? std::vector<int64_t>{plan.outputs, 2, plan.out_channels} : std::vector<int64_t>{0});
     if (norms) norms = torch::stable::contiguous(*norms);
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stage_bwd(std::vector<Tensor> gs, std::v
     const auto sized = [&](bool wanted, std::vector<int64_t> size) {
       return torch::stable::new_empty(xs[0], wanted ? size : std::vector<int64_t>{0});
     };
-    dx = sized(need_dx, {sources, map.batch, f.height, f.width, f.channels});
+    dx = need_dx ? new_map(xs[0], {sources, map.batch, f.height, f.width, f.channels}) : sized(false, {});
     dots = sized(need_dx && norms.has_value(), {sources, 2, f.channels});
     dw = sized(need_dw, {plan.weights});
     coef = torch::stable::contiguous(coef);

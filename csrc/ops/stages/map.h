@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/results.h"
 
 namespace fastnas {
 
@@ -39,6 +40,10 @@ inline Map map_like(const char* op, const Tensor& t, const Map& like) {
       m.batch == like.batch && m.height == like.height && m.width == like.width && m.channels == like.channels, op,
       ": maps differ in size");
   return m;
+}
+
+inline Tensor new_map(const Tensor& like, std::vector<int64_t> size) {
+  return on_huge_pages(torch::stable::new_empty(like, size));
 }
 
 inline void check_same_dtype(const char* op, const std::vector<Tensor>& tensors, ScalarType dtype) {

@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_stage_fwd(Tensor x, Tensor weights, std:
     const View<T> view{data<T>(x), map_of(op, x)};
     const int64_t channels = plan.out_channels;
     const Map out{view.map.batch, plan.frame.out_height, plan.frame.out_width, channels, channels};
-    y = torch::stable::new_empty(x, {out.batch, out.height, out.width, channels});
+    y = new_map(x, {out.batch, out.height, out.width, channels});
     norms = torch::stable::new_empty(x, {1, 2, channels});
     stats = torch::stable::new_empty(x, given ? std::vector<int64_t>{0} : std::vector<int64_t>{1, 2, channels});
     if (given) {
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> norm_stage_bwd(Tensor g, Tensor y, Tensor norms, Tens
       coef[channels + c] = -deviation[c] * dots[channels + c] / count;
       coef[2 * channels + c] = -deviation[c] * dots[c] / count;
     }
-    if (need_dx) dx = torch::stable::new_empty(x, {view.map.batch, view.map.height, view.map.width, view.map.channels});
+    if (need_dx) dx = new_map(x, {view.map.batch, view.map.height, view.map.width, view.map.channels});
     if (need_dw) dw = torch::stable::new_empty(x, {plan.weights});
     convolve_backward<T>(plan, gs, ys, coef.data(), {view}, nullptr, std::nullopt, need_dx ? data<T>(dx) : nullptr,
                          nullptr, need_dw ? data<T>(dw) : nullptr);

@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> partial_join_bwd(Tensor g, std::vector<Tensor> xs, st
   check_same_dtype(op, xs, g.scalar_type());
   const Sources sources(op, xs, strides, map);
   const int64_t selected = map.channels / k, channels = map.channels, count = static_cast<int64_t>(xs.size());
-  const Tensor mixed = torch::stable::new_empty(g, {map.batch, map.height, map.width, selected});
+  const Tensor mixed = new_map(g, {map.batch, map.height, map.width, selected});
   const Tensor dots = torch::stable::new_empty(g, {count});
   dispatch_full_width(g.scalar_type(), op, [&](auto tag) {
     using T = decltype(tag);
@@ -198,7 +198,7 @@ Tensor partial_join_dx(Tensor x, std::vector<Tensor> gs, Tensor betas, int64_t s
   const Map base_map = base ? map_like(op, *base, map) : map;
   std::vector<Map> maps;
   for (const auto& g : gs) maps.push_back(map_like(op, g, out_map));
-  const Tensor out = torch::stable::new_empty(x, {map.batch, map.height, map.width, channels});
+  const Tensor out = new_map(x, {map.batch, map.height, map.width, channels});
   dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
     using T = decltype(tag);
     const Tensor weights = torch::stable::contiguous(betas);

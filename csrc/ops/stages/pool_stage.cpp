@@ -351,8 +351,7 @@ std::tuple<Tensor, Tensor> pool_stage_fwd(Tensor x, int64_t stride, bool statist
   constexpr const char* op = "pool_stage_fwd";
   STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2");
   const Map map = map_of(op, x);
-  Tensor pooled = torch::stable::new_empty(
-      x, {2, map.batch, ceil_div(map.height, stride), ceil_div(map.width, stride), map.channels});
+  Tensor pooled = new_map(x, {2, map.batch, ceil_div(map.height, stride), ceil_div(map.width, stride), map.channels});
   Tensor stats =
       torch::stable::new_empty(x, statistics ? std::vector<int64_t>{2, 2, map.channels} : std::vector<int64_t>{0});
   dispatch_full_width(x.scalar_type(), op, [&](auto tag) {
@@ -372,7 +371,7 @@ Tensor pool_stage_bwd(Tensor x, std::vector<Tensor> gs, Tensor scales, Tensor co
                   ": every gradient needs its scales");
   for (const auto& tensors : {gs, {scales, coef}}) check_same_dtype(op, tensors, x.scalar_type());
   const Map out_map{map.batch, ceil_div(map.height, stride), ceil_div(map.width, stride), channels, channels};
-  Tensor dx = torch::stable::new_empty(x, {map.batch, map.height, map.width, channels});
+  Tensor dx = new_map(x, {map.batch, map.height, map.width, channels});
   scales = torch::stable::contiguous(scales);
   coef = torch::stable::contiguous(coef);
   dispatch_full_width(x.scalar_type(), op, [&](auto tag) {

@@ -210,12 +210,10 @@ class Source {
 
  private:
   int64_t second_sources() const { return static_cast<int64_t>(layout_.second_from.size()); }
-  Tensor maps(int64_t count) const {
-    return torch::stable::new_empty(x_, {count, out_.batch, out_.height, out_.width, out_.channels});
-  }
+  Tensor maps(int64_t count) const { return new_map(x_, {count, out_.batch, out_.height, out_.width, out_.channels}); }
   Tensor sized(int64_t count) const { return torch::stable::new_empty(x_, {count}); }
   Tensor like_x() const {
-    return torch::stable::new_empty(x_, {view_.map.batch, view_.map.height, view_.map.width, view_.map.channels});
+    return new_map(x_, {view_.map.batch, view_.map.height, view_.map.width, view_.map.channels});
   }
   View<T> one(const Tensor& stage, int64_t index) const {
     return {data<T>(stage) + index * out_.batch * out_.image(), out_};
