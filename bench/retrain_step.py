@@ -29,7 +29,6 @@ import fastnas
 from bench.report import header, save
 from bench.timing import ratio
 from fastnas.engine.derived import DerivedNetwork
-from fastnas.engine.huge_pages import collapse_heap
 from fastnas.engine.retraining import Arithmetic
 from fastnas.engine.training import settled_heap
 from fastnas.retrain import RetrainSettings
@@ -100,8 +99,6 @@ def measure(rows: Sequence[str], genotype: str, batch: int, rounds: int, device:
                 cpu_times[row].append(1000 * (time.process_time() - cpu_start))
                 if not number:
                     print(f"{genotype} {row}: first step {times[row][0] / 1000:.1f} s", file=sys.stderr)
-            if not number:
-                collapse_heap()  # as in a retraining
     results: dict[str, Any] = {}
     for row, (first, *rest) in times.items():
         cpu = cpu_times[row][1:]

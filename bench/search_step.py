@@ -30,7 +30,6 @@ from bench.footprints import status
 from bench.report import header, save
 from bench.step_rows import GRAPH, HALF, METHODS, PARTS, ROWS, Problem, Row, compiled_cells
 from bench.sweep import sweep
-from fastnas.engine.huge_pages import collapse_heap
 from fastnas.engine.training import settled_heap
 from fastnas.errors import UserError
 
@@ -62,8 +61,7 @@ def time_rows(rows: Mapping[str, Row], rounds: int) -> tuple[dict[str, float], d
     """Seconds of each row's first run, and of those that follow it, one of each row in turn."""
     first = {name: row.seconds() for name, row in rows.items()}
     times: dict[str, list[float]] = {name: [] for name in rows}
-    collapse_heap()  # as in a search
-    with settled_heap():
+    with settled_heap():  # as in a search
         for _ in range(rounds):
             for name, row in rows.items():
                 times[name].append(row.seconds())
