@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnas import search
+from fastnas import retrain, search
 from fastnas.engine import huge_pages
 
 
@@ -50,9 +50,16 @@ def test_where_there_is_no_such_thing_nothing_happens(monkeypatch):
     assert huge_pages.collapse_heap() == 0
 
 
-def test_a_search_asks_once(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (search, ["--method=darts", "--epochs=2", "--cells=3", "--nodes=2", "--batch-size=64"]),
+        (retrain, ["--genotype=DARTS_V2", "--epochs=2", "--cells=3", "--batch-size=256", "--auxiliary-weight=0"]),
+    ],
+    ids=["search", "retrain"],
+)
+def test_a_search_and_a_retraining_ask_once(command, flags, monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(search, "collapse_heap", lambda: calls.append(1))
-    sizes = ["--epochs=2", "--cells=3", "--channels=4", "--nodes=2", "--batch-size=64"]
-    search.main(["--method=darts", "--data=digits", *sizes, "--quiet", f"--out={tmp_path / 'run'}"])
+    monkeypatch.setattr(command, "collapse_heap", lambda: calls.append(1))
+    command.main([*flags, "--data=digits", "--channels=4", "--quiet", f"--out={tmp_path / 'run'}"])
     assert calls == [1]
