@@ -17,17 +17,21 @@ constexpr int64_t kChain = 64;
 template <int Columns, int Step, int Dilation, int Stride, class V, int Rows, int Size, class A>
 FASTNAS_INLINE inline void add_products(V (&sum)[Rows][Size], const A* x, int64_t tap_row, const A* g) {
   V gradient[Columns];
-  unrolled<Columns>([&](auto c) FASTNAS_INLINE { gradient[c] = get<V>(g + c * Step * kLanes<A>); });
-  unrolled<Rows>([&](auto i) FASTNAS_INLINE {
+#pragma GCC unroll 4
+  for (int c = 0; c < Columns; ++c) gradient[c] = get<V>(g + c * Step * kLanes<A>);
+#pragma GCC unroll 5
+  for (int i = 0; i < Rows; ++i) {
     const A* p = one_pointer(x + i * tap_row);
-    unrolled<(Columns - 1) * Step * Stride + (Size - 1) * Dilation + 1>([&](auto place) FASTNAS_INLINE {
+#pragma GCC unroll 64
+    for (int place = 0; place < (Columns - 1) * Step * Stride + (Size - 1) * Dilation + 1; ++place) {
       const V in = get<V>(p + place * kLanes<A>);
-      unrolled<Size>([&](auto j) FASTNAS_INLINE {
-        constexpr int apart = place - j * Dilation, c = apart / (Step * Stride);
-        if constexpr (apart >= 0 && apart % (Step * Stride) == 0 && c < Columns) sum[i][j] += in * gradient[c];
-      });
-    });
-  });
+#pragma GCC unroll 5
+      for (int j = 0; j < Size; ++j) {
+        const int apart = place - j * Dilation, c = apart / (Step * Stride);
+        if (apart >= 0 && apart % (Step * Stride) == 0 && c < Columns) sum[i][j] += in * gradient[c];
+      }
+    }
+  }
 }
 
 // Rows x Size taps stay in registers while the pixels pass, and an input serves all taps of a row that meet in it. With

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <span>
 #include <type_traits>
-#include <utility>
 
 #include "common/dtype.h"
 #include "common/simd.h"
@@ -50,14 +49,6 @@ inline void vectorised_by_width(const Body& body) {
   run(std::integral_constant<int, 16>{})();
 }
 
-// body(std::integral_constant<int, 0>{}), ... <int, N - 1>{}: a loop whose indices are constants.
-template <int N, class Body>
-FASTNAS_INLINE inline void unrolled(const Body& body) {
-  const auto all = [&]<int... I>(std::integer_sequence<int, I...>)
-                       FASTNAS_INLINE { (body(std::integral_constant<int, I>{}), ...); };
-  all(std::make_integer_sequence<int, N>{});
-}
-
 // Keeps the compiler from turning offsets from p, which instructions hold for nothing, into pointers of their own.
 template <class A>
 FASTNAS_INLINE inline const A* one_pointer(const A* p) {
@@ -86,17 +77,21 @@ FASTNAS_INLINE inline void add_taps(V (&sum)[Rows][Columns], const A* in, int64_
                                     const A* weights) {
   for (int64_t i = 0; i < taps.rows; ++i) {
     V w[Size];
-    unrolled<Size>([&](auto j) FASTNAS_INLINE { w[j] = get<V>(weights + (i * Size + j) * kLanes<A>); });
-    unrolled<Rows>([&](auto r) FASTNAS_INLINE {
+#pragma GCC unroll 5
+    for (int j = 0; j < Size; ++j) w[j] = get<V>(weights + (i * Size + j) * kLanes<A>);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
       const A* p = one_pointer(in + i * taps.row + r * in_row);
-      unrolled<(Columns - 1) * Stride + (Size - 1) * Dilation + 1>([&](auto place) FASTNAS_INLINE {
+#pragma GCC unroll 64
+      for (int place = 0; place < (Columns - 1) * Stride + (Size - 1) * Dilation + 1; ++place) {
         const V x = get<V>(p + place * kLanes<A>);
-        unrolled<Size>([&](auto j) FASTNAS_INLINE {
-          constexpr int apart = place - j * Dilation, c = apart / Stride;
-          if constexpr (apart >= 0 && apart % Stride == 0 && c < Columns) sum[r][c] += x * w[j];
-        });
-      });
-    });
+#pragma GCC unroll 5
+        for (int j = 0; j < Size; ++j) {
+          const int apart = place - j * Dilation, c = apart / Stride;
+          if (apart >= 0 && apart % Stride == 0 && c < Columns) sum[r][c] += x * w[j];
+        }
+      }
+    }
   }
 }
 
