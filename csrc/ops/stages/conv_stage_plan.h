@@ -24,9 +24,9 @@ struct Part {
   Offsets offsets;   // of each tap in the input with its border, from where its output pixel is
   Offsets mirrored;  // the same for the input's gradient, in the output's gradient with a border, of the kernel turned
                      // by half a turn
-  // Packed in the memory of the plan; null where the pass does not read it.
+  // Packed in the memory of the plan.
   T* kernel;     // [vectors][taps][lanes]
-  T* turned;     // the kernel turned by half a turn
+  T* turned;     // the kernel turned by half a turn; null forward
   T* pointwise;  // forward: flat [channels][lanes], else [channels][out_pitch]; backward: flat [channels][lanes], else
                  // [outputs][pitch in whole vectors]
   int64_t out_pitch;                      // of a pixel of the output in a buffer
