@@ -137,7 +137,8 @@ class Snas(Checkpointed):
         fine-tuning (the paper's Table 1), and the entropy of each edge (its Figure 4)."""
         self.supernet.eval()
         z = self.sample(EVALUATION, self.epoch).detach()
-        probabilities = self.log_alphas()
+        with torch.no_grad():
+            probabilities = self.log_alphas()
         return {
             "search_accuracy": shared_accuracy(self.supernet, z, search),
             "child_accuracy": shared_accuracy(self.supernet, self.derive(), search),
