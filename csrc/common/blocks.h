@@ -8,6 +8,7 @@
 
 #include "common/dtype.h"
 #include "common/layout.h"
+#include "common/stream.h"
 #include "common/weighted_sum.h"
 
 namespace fastnas {
@@ -34,6 +35,7 @@ void for_each_block(const Rows& rows, int64_t streams, const MakeBody& make_body
       const int64_t column = (b % per_row) * kBlock;
       body(Block{b, b / per_row, column, std::min(kBlock, rows.run - column)});
     }
+    end_of_stream();
   });
 }
 

@@ -4,6 +4,7 @@
 
 #include "common/dtype.h"
 #include "common/simd.h"
+#include "common/stream.h"
 
 namespace fastnas {
 
@@ -124,6 +125,39 @@ FASTNAS_INLINE inline double scale_and_dot(A* dx, const A* g, const A* x, A w, i
   return dot;
 }
 
+// scale past the caches.
+template <Isa isa, class A>
+FASTNAS_INLINE inline void stream_scaled(A* dx, const A* g, A w, int64_t n) {
+  stream_each<isa>(dx, n, [&](int64_t i, auto v) FASTNAS_INLINE {
+    read(g + i, v);
+    return w * v;
+  });
+}
+
+// scale_and_dot with dx, aligned to a line, past the caches.
+template <Isa isa, class A>
+FASTNAS_INLINE inline double stream_scaled_and_dot(A* dx, const A* g, const A* x, A w, int64_t n) {
+  constexpr int kRows = 8;
+  double sum[kLanes<A>] = {};
+  int64_t i = 0;
+  for (; i + kRows * kLanes<A> <= n; i += kRows * kLanes<A>) {
+    Vec<A> s{};
+#pragma GCC unroll 8
+    for (int64_t r = i; r < i + kRows * kLanes<A>; r += kLanes<A>) {
+      const Vec<A> gr = get(g + r);
+      stream<isa>(dx + r, w * gr);
+      s += gr * get(x + r);
+    }
+    A by_lane[kLanes<A>];
+    put(by_lane, s);
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes<A>; ++lane) sum[lane] += static_cast<double>(by_lane[lane]);
+  }
+  double dot = scale_and_dot(dx + i, g + i, x + i, w, n - i);
+  for (double s : sum) dot += s;
+  return dot;
+}
+
 // Asks for n values ahead of their turn. Inlined, because GCC drops calls of functions that only prefetch.
 template <class T>
 FASTNAS_INLINE inline void prefetch(const T* p, int64_t n) {
@@ -150,6 +184,24 @@ FASTNAS_INLINE inline double scale_and_dot(T* dx, const float* g, const T* x, fl
     for (int64_t i = 0; i < m; ++i) store(dx + start + i, scaled[i]);
   }
   return dot;
+}
+
+// dx = w * g, returns the sum of g * x; `large`: past the caches where that can be.
+template <Isa isa, class T>
+FASTNAS_INLINE inline double unmix(T* dx, const acc_t<T>* g, const T* x, acc_t<T> w, int64_t n, bool large) {
+  if constexpr (kStreams<T>) {
+    if (large && is_line(dx)) return stream_scaled_and_dot<isa>(dx, g, x, w, n);
+  }
+  return scale_and_dot(dx, g, x, w, n);
+}
+
+// The same without the sum.
+template <Isa isa, class T>
+FASTNAS_INLINE inline void unmix(T* dx, const acc_t<T>* g, acc_t<T> w, int64_t n, bool large) {
+  if constexpr (kStreams<T>) {
+    if (large) return stream_scaled<isa>(dx, g, w, n);
+  }
+  scale(dx, g, w, n);
 }
 
 }  // namespace fastnas

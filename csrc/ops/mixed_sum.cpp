@@ -45,6 +45,7 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_sum_bwd(Tensor g, std::vector<Tens
   const int64_t paths = static_cast<int64_t>(xs.size());
   std::vector<Tensor> dxs;
   for (int64_t k = 0; k < paths; ++k) dxs.push_back(result_like(xs[0]));
+  const bool large = past_caches(paths * g.numel() * g.element_size());
   std::vector<Tensor> all{g};  // g, xs, dxs
   all.insert(all.end(), xs.begin(), xs.end());
   all.insert(all.end(), dxs.begin(), dxs.end());
@@ -58,11 +59,12 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_sum_bwd(Tensor g, std::vector<Tens
     for_each_block(rows, 2 * paths + 1, [&] {
       return [&](const Block& block) {
         double* dot = dots.data() + block.index * paths;
-        vectorised([&]() FASTNAS_INLINE {
+        vectorised([&](auto isa) FASTNAS_INLINE {
           acc_t<T> scratch[kBlock];
           const acc_t<T>* gs = widened<T>(cursor.at(0, block), block.n, scratch);
           for (int64_t k = 0; k < paths; ++k)
-            dot[k] = scale_and_dot(cursor.at(1 + paths + k, block), gs, cursor.at(1 + k, block), weights[k], block.n);
+            dot[k] =
+                unmix<isa>(cursor.at(1 + paths + k, block), gs, cursor.at(1 + k, block), weights[k], block.n, large);
         });
       };
     });
@@ -82,6 +84,7 @@ std::vector<Tensor> mixed_sum_bwd_xs(Tensor g, Tensor w) {
   const int64_t paths = w.numel();
   std::vector<Tensor> dxs;
   for (int64_t k = 0; k < paths; ++k) dxs.push_back(result_like(g));
+  const bool large = past_caches(paths * g.numel() * g.element_size());
   std::vector<Tensor> all{g};  // g, dxs
   all.insert(all.end(), dxs.begin(), dxs.end());
   const Rows rows = common_rows(all, paths ? dxs[0] : g);
@@ -91,10 +94,10 @@ std::vector<Tensor> mixed_sum_bwd_xs(Tensor g, Tensor w) {
     const Cursor<T> cursor(rows);
     for_each_block(rows, paths + 1, [&] {
       return [&](const Block& block) {
-        vectorised([&]() FASTNAS_INLINE {
+        vectorised([&](auto isa) FASTNAS_INLINE {
           acc_t<T> scratch[kBlock];
           const acc_t<T>* gs = widened<T>(cursor.at(0, block), block.n, scratch);
-          for (int64_t k = 0; k < paths; ++k) scale(cursor.at(1 + k, block), gs, weights[k], block.n);
+          for (int64_t k = 0; k < paths; ++k) unmix<isa>(cursor.at(1 + k, block), gs, weights[k], block.n, large);
         });
       };
     });

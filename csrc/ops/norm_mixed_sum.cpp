@@ -246,6 +246,7 @@ Gradients backward(const Backward& ask, const Tensor& g, const std::vector<Tenso
   std::vector<Tensor> tensors = joined({g}, read), outputs;  // g, what is read, what is written
   for (int64_t k = 0; ask.maps && k < paths; ++k) outputs.push_back(result_like(like));
   const int64_t dots = read.size(), written = tensors.size();
+  const bool large = past_caches(static_cast<int64_t>(outputs.size()) * g.numel() * g.element_size());
   const Plan plan(joined(tensors, outputs), like);
   const Tensor dw = torch::stable::new_empty(
       w, ask.weights ? std::vector<int64_t>(w.sizes().begin(), w.sizes().end()) : std::vector<int64_t>{0});
@@ -321,11 +322,11 @@ Gradients backward(const Backward& ask, const Tensor& g, const std::vector<Tenso
             const auto gs = maps.read(0, b);
             const auto out = maps.write(written + k, b);
             const auto y = maps.read(normalised ? 1 + k : 0, b);
-            vectorised([&]() FASTNAS_INLINE {
+            vectorised([&](auto isa) FASTNAS_INLINE {
               if (normalised)
-                norm::norm_grad(out, gs, y, c, b.rows, b.lanes);
+                norm::norm_grad<isa>(out, gs, y, c, b.rows, b.lanes, large);
               else
-                norm::scaled(out, gs, c.p, b.rows, b.lanes);
+                norm::scaled<isa>(out, gs, c.p, b.rows, b.lanes, large);
             });
           });
         }

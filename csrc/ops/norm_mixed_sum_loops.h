@@ -5,22 +5,27 @@
 
 #include "common/dtype.h"
 #include "common/simd.h"
+#include "common/stream.h"
 
 // The inner loops of norm_mixed_sum, over blocks of rows x lanes. Sums of up to eight values run in acc_t<T>, what they
 // add up to in double: as fast as float, and without its drift over a large batch.
 
 namespace fastnas::norm {
 
-// A coefficient of all lanes, or one a lane.
+// A coefficient of all lanes, or one a lane; of the lanes from `lane` on where a vector is asked for.
 template <class A>
 struct Same {
   A value;
   FASTNAS_INLINE A at(int64_t) const { return value; }
+  FASTNAS_INLINE Vec<A> at(int64_t, Vec<A>) const { return Vec<A>{} + value; }
+  FASTNAS_INLINE A at(int64_t, A) const { return value; }
 };
 template <class A>
 struct PerLane {
   const A* values;
   FASTNAS_INLINE A at(int64_t lane) const { return values[lane]; }
+  FASTNAS_INLINE Vec<A> at(int64_t lane, Vec<A>) const { return get(values + lane); }
+  FASTNAS_INLINE A at(int64_t lane, A) const { return values[lane]; }
 };
 
 template <class T>
@@ -174,24 +179,45 @@ struct Gradient {
   Coefficient p, q, mean, r;
 };
 
-template <class T, class Coefficient>
+// `large`: past the caches where that can be.
+template <Isa isa, class T, class Coefficient>
 FASTNAS_INLINE inline void norm_grad(Rows<T> dy, Rows<const T> g, Rows<const T> y, Gradient<Coefficient> c,
-                                     int64_t rows, int64_t lanes) {
+                                     int64_t rows, int64_t lanes, bool large) {
   for (int64_t r = 0; r < rows; ++r) {
     T* out = dy[r];
     const T *gs = g[r], *ys = y[r];
+    if constexpr (kStreams<T>) {
+      if (large) {
+        stream_each<isa>(out, lanes, [&](int64_t i, auto gi) FASTNAS_INLINE {
+          auto yi = gi;
+          read(gs + i, gi);
+          read(ys + i, yi);
+          return c.p.at(i, gi) * gi + (c.q.at(i, gi) * (yi - c.mean.at(i, gi)) + c.r.at(i, gi));
+        });
+        continue;
+      }
+    }
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i)
       store(out + i, c.p.at(i) * load(gs[i]) + (c.q.at(i) * (load(ys[i]) - c.mean.at(i)) + c.r.at(i)));
   }
 }
 
-// dx = P g.
-template <class T, class Coefficient>
-FASTNAS_INLINE inline void scaled(Rows<T> dx, Rows<const T> g, Coefficient p, int64_t rows, int64_t lanes) {
+// dx = P g, in the same way.
+template <Isa isa, class T, class Coefficient>
+FASTNAS_INLINE inline void scaled(Rows<T> dx, Rows<const T> g, Coefficient p, int64_t rows, int64_t lanes, bool large) {
   for (int64_t r = 0; r < rows; ++r) {
     T* out = dx[r];
     const T* gs = g[r];
+    if constexpr (kStreams<T>) {
+      if (large) {
+        stream_each<isa>(out, lanes, [&](int64_t i, auto gi) FASTNAS_INLINE {
+          read(gs + i, gi);
+          return p.at(i, gi) * gi;
+        });
+        continue;
+      }
+    }
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) store(out + i, p.at(i) * load(gs[i]));
   }

@@ -28,6 +28,7 @@ void two_passes(const Plan& plan, int64_t streams, const Sum& sum, const Finish&
         finish(t);
         for (int64_t s = segments - 1; s >= 0; --s) apply(t, s);
       }
+      end_of_stream();
     });
     return;
   }
@@ -38,6 +39,7 @@ void two_passes(const Plan& plan, int64_t streams, const Sum& sum, const Finish&
   for (int64_t t = 0; t < tiles; ++t) finish(t);
   torch::stable::parallel_for(0, tiles * segments, unit, [&](int64_t begin, int64_t end) {
     for (int64_t u = end - 1; u >= begin; --u) apply(u / segments, u % segments);
+    end_of_stream();
   });
 }
 

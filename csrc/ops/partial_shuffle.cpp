@@ -100,7 +100,8 @@ struct Sizes {
   int64_t height, width;                // of the result
   int64_t bypass_height, bypass_width;  // larger than the result's when the bypass is pooled
   bool pool, channels_last;
-  int64_t run = 1;  // pieces
+  int64_t run = 1;     // pieces
+  bool large = false;  // what is written goes past the caches
 
   // A piece is a plane, or in channels last the mixed channels of a row of pixels. Work is dealt out in runs of pieces;
   // planes are those of mixed channels, then those of the bypass.
@@ -149,6 +150,14 @@ FASTNAS_INLINE inline void copy_pixel(T* out, const T* in, int64_t channels) {
   in_lanes(channels, [&](int64_t c) FASTNAS_INLINE { out[c] = in[c]; });
 }
 
+template <Isa isa, class T>
+FASTNAS_INLINE inline void copy_out(T* out, const T* in, int64_t n, bool large) {
+  if constexpr (kStreams<T>) {
+    if (large) return stream_copy<isa>(out, in, n);
+  }
+  std::memcpy(out, in, n * sizeof(T));
+}
+
 // The four pixels that pixel (h, i) of the result pools; `outside` for those beyond the edge.
 template <class T>
 struct Window {
@@ -180,31 +189,34 @@ struct Forward {
     }
   }
 
+  template <Isa isa>
   FASTNAS_INLINE void planes(int64_t begin, int64_t end) const {
     std::vector<const T*> x(mixed.size());
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / s.runs(), run = unit % s.runs() - s.mixed_runs();
       if (run < 0) {
-        mixed_run(x.data(), b, (run + s.mixed_runs()) * s.run);
+        mixed_run<isa>(x.data(), b, (run + s.mixed_runs()) * s.run);
       } else {
         for (int64_t c = run * s.run; c < std::min((run + 1) * s.run, s.bypass); ++c)
-          if (to.bypass[c] >= 0) bypass_plane(b, c);
+          if (to.bypass[c] >= 0) bypass_plane<isa>(b, c);
       }
     }
   }
 
+  template <Isa isa>
   FASTNAS_INLINE void mixed_run(const T** x, int64_t b, int64_t c) const {
     const int64_t count = std::min(s.run, s.mixed - c), plane = s.plane();
     if (count == 1) return mix(y.at(b, to.mixed[c]), x, b, c, 0, plane);
     T mixture[kBlock];
     mix(mixture, x, b, c, 0, count * plane);
-    for (int64_t j = 0; j < count; ++j) std::memcpy(y.at(b, to.mixed[c + j]), mixture + j * plane, plane * sizeof(T));
+    for (int64_t j = 0; j < count; ++j) copy_out<isa>(y.at(b, to.mixed[c + j]), mixture + j * plane, plane, s.large);
   }
 
+  template <Isa isa>
   FASTNAS_INLINE void bypass_plane(int64_t b, int64_t c) const {
     T* out = y.at(b, to.bypass[c]);
     if (!s.pool && bypass.w == 1 && bypass.h == s.width) {
-      std::memcpy(out, bypass.at(b, c), s.plane() * sizeof(T));
+      copy_out<isa>(out, bypass.at(b, c), s.plane(), s.large);
     } else {
       for (int64_t h = 0; h < s.height; ++h) bypass_row(out + h * s.width, b, c, h);
     }
@@ -226,23 +238,28 @@ struct Forward {
     }
   }
 
+  template <Isa isa>
   FASTNAS_INLINE void pixels(int64_t begin, int64_t end) const {
+    const int64_t channels = y.w;
     std::vector<const T*> x(mixed.size());
-    std::vector<T> mixture(s.run * s.piece()), pooled(s.bypass), outside(s.bypass);
+    std::vector<T> mixture(s.run * s.piece()), pooled(s.bypass), outside(s.bypass), row(s.width * channels);
     for (T& v : outside) store(&v, kOutside<acc_t<T>>);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / s.runs(), top = unit % s.runs() * s.run, bottom = std::min(top + s.run, s.height);
       mix(mixture.data(), x.data(), b, 0, top, (bottom - top) * s.piece());
       const T* m = mixture.data();
-      for (int64_t h = top; h < bottom; ++h)
+      for (int64_t h = top; h < bottom; ++h) {
+        T* out = s.large ? row.data() : y.at(b, 0, h);
         for (int64_t i = 0; i < s.width; ++i, m += s.mixed) {
           const T* in = bypass.at(b, 0, h, i);
           if (s.pool) {
             pool_pixel(pooled.data(), Window<T>(bypass, s, b, h, i, outside.data()).pixel, s.bypass);
             in = pooled.data();
           }
-          spread_pixel(y.at(b, 0, h, i), m, in);
+          spread_pixel(out + i * channels, m, in);
         }
+        if (s.large) copy_out<isa>(y.at(b, 0, h), out, s.width * channels, true);
+      }
     }
   }
 
@@ -268,7 +285,8 @@ struct Backward {
   bool bypass_grad;
   double* dots;  // [batch, mixed runs, paths]
 
-  FASTNAS_INLINE void unmix(double* dot, const T* gp, int64_t b, int64_t c, int64_t h, int64_t total) const {
+  template <Isa isa>
+  FASTNAS_INLINE void unmix_run(double* dot, const T* gp, int64_t b, int64_t c, int64_t h, int64_t total) const {
     acc_t<T> scratch[kBlock];
     for (int64_t start = 0; start < total; start += kBlock) {
       const int64_t n = std::min(kBlock, total - start);
@@ -276,35 +294,38 @@ struct Backward {
       for (size_t k = 0; k < dmixed.size(); ++k) {
         T* dx = dmixed[k].at(b, c, h) + start;
         if (mixed.empty()) {
-          scale(dx, wide, w[k], n);
+          unmix<isa>(dx, wide, w[k], n, s.large);
         } else {
-          dot[k] += scale_and_dot(dx, wide, mixed[k].at(b, c, h) + start, w[k], n);
+          dot[k] += unmix<isa>(dx, wide, mixed[k].at(b, c, h) + start, w[k], n, s.large);
         }
       }
     }
   }
 
+  template <Isa isa>
   FASTNAS_INLINE void planes(int64_t begin, int64_t end) const {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / s.runs(), run = unit % s.runs() - s.mixed_runs();
       if (run < 0) {
         const int64_t j = run + s.mixed_runs();
-        mixed_run(dots + (b * s.mixed_runs() + j) * dmixed.size(), b, j * s.run);
+        mixed_run<isa>(dots + (b * s.mixed_runs() + j) * dmixed.size(), b, j * s.run);
       } else if (bypass_grad) {
-        for (int64_t c = run * s.run; c < std::min((run + 1) * s.run, s.bypass); ++c) bypass_plane(b, c);
+        for (int64_t c = run * s.run; c < std::min((run + 1) * s.run, s.bypass); ++c) bypass_plane<isa>(b, c);
       }
     }
   }
 
+  template <Isa isa>
   FASTNAS_INLINE void mixed_run(double* dot, int64_t b, int64_t c) const {
     const int64_t count = std::min(s.run, s.mixed - c), plane = s.plane();
-    if (count == 1) return unmix(dot, g.at(b, from.mixed[c]), b, c, 0, plane);
+    if (count == 1) return unmix_run<isa>(dot, g.at(b, from.mixed[c]), b, c, 0, plane);
     T gathered[kBlock];
     for (int64_t j = 0; j < count; ++j)
       std::memcpy(gathered + j * plane, g.at(b, from.mixed[c + j]), plane * sizeof(T));
-    unmix(dot, gathered, b, c, 0, count * plane);
+    unmix_run<isa>(dot, gathered, b, c, 0, count * plane);
   }
 
+  template <Isa isa>
   FASTNAS_INLINE void bypass_plane(int64_t b, int64_t c) const {
     const int64_t plane = s.bypass_height * s.bypass_width;
     T* dx = dbypass.at(b, c);
@@ -314,7 +335,7 @@ struct Backward {
       for (int64_t h = 0; h < s.height; ++h)
         unpool_rows(dx + 2 * h * s.bypass_width, g.at(b, from.bypass[c]) + h * s.width, b, c, 2 * h);
     } else {
-      std::memcpy(dx, g.at(b, from.bypass[c]), plane * sizeof(T));
+      copy_out<isa>(dx, g.at(b, from.bypass[c]), plane, s.large);
     }
   }
 
@@ -330,22 +351,26 @@ struct Backward {
     }
   }
 
+  template <Isa isa>
   FASTNAS_INLINE void pixels(int64_t begin, int64_t end) const {
+    const bool straight = !s.pool && bypass_grad, by_row = straight && s.large;
     std::vector<T> g_mixed(s.run * s.piece()), g_pooled(s.bypass), outside(s.bypass), ignored(s.bypass);
+    std::vector<T> row(by_row ? s.width * s.bypass : 0);
     for (T& v : outside) store(&v, kOutside<acc_t<T>>);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / s.runs(), top = unit % s.runs() * s.run, bottom = std::min(top + s.run, s.height);
       T* m = g_mixed.data();
-      for (int64_t h = top; h < bottom; ++h)
+      for (int64_t h = top; h < bottom; ++h) {
+        T* to = by_row ? row.data() : straight ? dbypass.at(b, 0, h) : g_pooled.data();
         for (int64_t i = 0; i < s.width; ++i, m += s.mixed) {
-          const T* gp = g.at(b, 0, h, i);
-          T* straight = s.pool || !bypass_grad ? g_pooled.data() : dbypass.at(b, 0, h, i);
-          gather_pixel(m, straight, gp);
+          gather_pixel(m, straight ? to + i * s.bypass : to, g.at(b, 0, h, i));
           if (s.pool && bypass_grad)
             unpool_pixel(Window<T>(dbypass, s, b, h, i, ignored.data()).pixel,
-                         Window<T>(bypass, s, b, h, i, outside.data()).pixel, straight, s.bypass);
+                         Window<T>(bypass, s, b, h, i, outside.data()).pixel, to, s.bypass);
         }
-      unmix(dots + unit * dmixed.size(), g_mixed.data(), b, 0, top, (bottom - top) * s.piece());
+        if (by_row) copy_out<isa>(dbypass.at(b, 0, h), to, s.width * s.bypass, true);
+      }
+      unmix_run<isa>(dots + unit * dmixed.size(), g_mixed.data(), b, 0, top, (bottom - top) * s.piece());
     }
   }
 
@@ -370,7 +395,10 @@ void run(const Job& job, int64_t streams) {
   const Sizes& s = job.s;
   const int64_t grain = std::max<int64_t>(1, kElementsAThread / std::max<int64_t>(1, s.run * s.piece() * streams));
   torch::stable::parallel_for(0, s.batch * s.runs(), grain, [&](int64_t begin, int64_t end) {
-    vectorised([&]() FASTNAS_INLINE { s.channels_last ? job.pixels(begin, end) : job.planes(begin, end); });
+    vectorised([&](auto isa) FASTNAS_INLINE {
+      s.channels_last ? job.template pixels<isa>(begin, end) : job.template planes<isa>(begin, end);
+    });
+    end_of_stream();
   });
 }
 
@@ -406,6 +434,7 @@ Tensor partial_shuffle_fwd(std::vector<Tensor> mixed, std::optional<Tensor> weig
   s.set_runs(mixed);
   const Places to = find_places(channels, m, total);
   Tensor y = result_map(bypass, s.batch, total, s.height, s.width, last);
+  s.large = past_caches(y.numel() * y.element_size());
   dispatch_floating(y.scalar_type(), "partial_shuffle_fwd", [&](auto tag) {
     using T = decltype(tag);
     const Forward<T> job{s,        to, weights_or_one<acc_t<T>>(weights, mixed.size()), maps<T>(mixed), Map<T>(bypass),
@@ -450,6 +479,7 @@ std::tuple<std::vector<Tensor>, std::vector<double>, Tensor> gradients(const Ten
   const int64_t none[] = {0};
   const Tensor dbypass = bypass_grad ? result_map(grad, s.batch, rest, s.bypass_height, s.bypass_width, last)
                                      : torch::stable::new_empty(grad, {none, 1});
+  s.large = past_caches((paths * s.batch * m * s.plane() + dbypass.numel()) * grad.element_size());
   // Channels last gathers g pixel by pixel; planes of g are read as they are.
   const Tensor g = last ? grad : in_pieces({grad}, false)[0];
   const Tensor x = in_pixels(pool ? *bypass : g, last);

@@ -59,6 +59,14 @@ struct Output {
   Tensor finish() { return batch_outermost(result) ? result : torch::stable::copy_(result, written); }
 };
 
+template <Isa isa, class T>
+FASTNAS_INLINE inline void clear(T* out, int64_t n, bool large) {
+  if constexpr (kStreams<T>) {
+    if (large) return stream_each<isa>(out, n, [](int64_t, auto zero) FASTNAS_INLINE { return zero; });
+  }
+  std::memset(out, 0, n * sizeof(T));
+}
+
 Tensor path_dropout_fwd(std::vector<Tensor> xs, Tensor mask) {
   STD_TORCH_CHECK(!xs.empty() && xs[0].dim() > 0 && mask.dim() == 2 && mask.size(0) > 0 &&
                       mask.size(1) == static_cast<int64_t>(xs.size()),
@@ -93,6 +101,7 @@ Tensor path_dropout_fwd(std::vector<Tensor> xs, Tensor mask) {
 std::vector<Tensor> path_dropout_bwd(Tensor g, Tensor mask) {
   STD_TORCH_CHECK(g.dim() > 0 && mask.dim() == 2 && mask.size(0) > 0, "path_dropout_bwd: mask must be [groups, paths]");
   const int64_t paths = mask.size(1);
+  const bool large = past_caches(paths * g.numel() * g.element_size());
   std::vector<Output> outs;
   std::vector<Tensor> all{g};  // g, then what is written
   for (int64_t k = 0; k < paths; ++k) all.push_back(outs.emplace_back(g).written);
@@ -104,14 +113,14 @@ std::vector<Tensor> path_dropout_bwd(Tensor g, Tensor mask) {
     for_each_block(rows, paths + 1, [&] {
       return [&](const Block& block) {
         const acc_t<T>* weight = keep.of_row(block.row, rows.rows);
-        vectorised([&]() FASTNAS_INLINE {
+        vectorised([&](auto isa) FASTNAS_INLINE {
           acc_t<T> scratch[kBlock];
           const acc_t<T>* gs = widened<T>(cursor.at(0, block), block.n, scratch);
           for (int64_t k = 0; k < paths; ++k) {
             if (weight[k] == 0) {
-              std::memset(cursor.at(1 + k, block), 0, block.n * sizeof(T));
+              clear<isa>(cursor.at(1 + k, block), block.n, large);
             } else {
-              scale(cursor.at(1 + k, block), gs, weight[k], block.n);
+              unmix<isa>(cursor.at(1 + k, block), gs, weight[k], block.n, large);
             }
           }
         });

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ops/stages/vector.h"
+#include "common/vector.h"
 
 namespace fastnas {
 

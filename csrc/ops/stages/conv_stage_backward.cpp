@@ -173,8 +173,10 @@ FASTNAS_INLINE inline void branch_backward(T* kernel, T* pointwise, Bench<T>& be
       const T* input = bench.padded.data();
       const int64_t step = f.padded_row_step();
       if constexpr (dilation > 0)
-        window_gradient<T, side_of(taps), dilation>(kernel, grad, row, input, step, part.offsets.data(), f.out_height,
-                                                    positions, f.vectors, f.step);
+        window_gradient<T, side_of(taps), dilation>(
+            kernel, grad, row, input, step, part.offsets.data(),
+            [&](int64_t y) FASTNAS_INLINE { return part.rows_at(y, f.height); }, f.out_height, positions, f.vectors,
+            f.step);
       else
         kernel_gradient<T, taps>(kernel, grad, row, input, step, part.offsets.data(), f.out_height, positions,
                                  f.vectors, f.step);
@@ -183,41 +185,45 @@ FASTNAS_INLINE inline void branch_backward(T* kernel, T* pointwise, Bench<T>& be
     for (int64_t y = 0; y < f.out_height; ++y) {
       if (f.stride == 2) {
         scatter_row<T, taps>(bench.dx.data() + y * f.padded_row_step(), grad + y * row, part.offsets.data(),
-                             part.kernel, positions, f.vectors, f.step);
+                             part.kernel, part.rows_at(2 * y, f.height), positions, f.vectors, f.step);
         continue;
       }
       T* out = bench.dx.data() + y * f.row(f.width);
       const T* in = bench.deep_grad.data() + y * row;
+      const KernelRows rows = part.rows_at(y, f.height);
       if (first)
-        convolve_row<T, taps, dilation, false>(out, in, part.mirrored.data(), part.turned, positions, f.vectors,
+        convolve_row<T, taps, dilation, false>(out, in, part.mirrored.data(), part.turned, rows, positions, f.vectors,
                                                f.step);
       else
-        convolve_row<T, taps, dilation, true>(out, in, part.mirrored.data(), part.turned, positions, f.vectors, f.step);
+        convolve_row<T, taps, dilation, true>(out, in, part.mirrored.data(), part.turned, rows, positions, f.vectors,
+                                              f.step);
     }
   });
 }
 
 // dx = gradient of relu where relu let through, plus base.
 template <class T>
-FASTNAS_INLINE inline void finish(T* dx, const Bench<T>& bench, const Frame<T>& f, const T* base, int64_t base_pixel) {
+FASTNAS_INLINE inline void finish(T* dx, const Bench<T>& bench, const Frame<T>& f, const Input<T>& in, const T* base,
+                                  int64_t base_pixel) {
   for (int64_t y = 0; y < f.height; ++y)
     for (int64_t first = 0; first < std::min(f.stride, f.width); ++first) {
       const int64_t pixels = ceil_div(f.width - first, f.stride), from = y * f.width + first;
       const int64_t start = (y + f.border) * f.padded_row() + f.column(f.border + first);
-      const T* activated = bench.padded.data() + start;
       const T* grad = bench.dx.data() + (f.stride == 1 ? y * f.row(f.width) : start);
       const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
-        auto a = v;
+        auto a = v, mean = v;
         read(grad + p * f.pitch + c, v);
-        read(activated + p * f.pitch + c, a);
-        v = a > 0 ? v : decltype(v){};
+        read(in.x + (from + p * f.stride) * in.pixel + c, a);
+        mean = decltype(v){};
+        if (in.mean) read(in.mean + c, mean);
+        v = a > mean ? v : decltype(v){};
         if (base) {
           read(base + (from + p * f.stride) * base_pixel + c, a);
           v += a;
         }
         write(dx + (from + p * f.stride) * f.channels + c, v);
       };
-      if (f.flat && f.stride == 1 && (!base || base_pixel == f.channels))
+      if (f.flat && f.stride == 1 && in.pixel == f.channels && (!base || base_pixel == f.channels))
         for_each_dense_value<T>(pixels, f.channels, body);
       else
         for_each_value<T>(pixels, f.channels, body);
@@ -254,7 +260,8 @@ void convolve_backward(const Plan<T>& plan, const std::vector<View<T>>& gs, cons
       for_each_pair(sources, begin, end, [&](int64_t source, int64_t image) FASTNAS_INLINE {
         const T* mean = norms ? norm.data() + source * 2 * norm_width : nullptr;
         const T* x = xs[source].image(image);
-        activate(bench.padded.data(), f, Input<T>{x, xs[source].map.pixel, mean, norms ? mean + norm_width : nullptr});
+        const Input<T> in{x, xs[source].map.pixel, mean, norms ? mean + norm_width : nullptr};
+        if (dw) activate(bench.padded.data(), f, in);
         if (dx && f.stride == 2) std::fill_n(bench.dx.data(), f.padded_size(), T(0));
         bool first = true;
         for (size_t p = 0; p < plan.parts.size(); ++p) {
@@ -270,7 +277,7 @@ void convolve_backward(const Plan<T>& plan, const std::vector<View<T>>& gs, cons
         }
         if (!dx) return;
         T* target = dx + (source * batch + image) * in_pixels * f.channels;
-        finish(target, bench, f, base ? base->image(image) : nullptr, base ? base->map.pixel : 0);
+        finish(target, bench, f, in, base ? base->image(image) : nullptr, base ? base->map.pixel : 0);
         if (dots) measured.measure(source, image, target, f.channels, x, f.channels, mean, sums);
       });
     });

@@ -62,8 +62,8 @@ FASTNAS_INLINE inline void depthwise(T* out, const T* padded, const Frame<T>& f,
   dispatch_taps(part.taps, part.dilation, [&](auto taps, auto dilation) FASTNAS_INLINE {
     for (int64_t y = 0; y < f.out_height; ++y)
       convolve_row<T, taps, dilation, false>(out + y * f.row(f.out_width), padded + y * f.padded_row_step(),
-                                             part.offsets.data(), part.kernel, f.positions(f.out_width), f.vectors,
-                                             f.step);
+                                             part.offsets.data(), part.kernel, part.rows_at(y * f.stride, f.height),
+                                             f.positions(f.out_width), f.vectors, f.step);
   });
 }
 

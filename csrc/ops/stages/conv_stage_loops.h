@@ -3,20 +3,28 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "ops/stages/vector.h"
+#include "common/vector.h"
 
 // The inner loops of conv_stage, on rows of positions (see conv_stage_plan.h). All of them are bound by the two
 // multiply-adds a cycle of a core; tiles of sums stay in registers so that the loads keep up.
 
 namespace fastnas {
 
+constexpr int side_of(int taps) { return taps == 25 ? 5 : taps == 9 ? 3 : 1; }
+
+// The rows of a kernel that meet the image: those that only meet its border of zeros are left out.
+struct KernelRows {
+  int begin, end;
+};
+
 // out[j] (+)= sum_t kernel[t] * in[j + offsets[t]] for `positions` positions, `vectors` vectors each.
 template <class T, int Taps, int Tile, bool Add>
-FASTNAS_INLINE inline void depthwise_tile(T* out, const T* in, const int64_t* offsets, const T* kernel, int64_t step) {
+FASTNAS_INLINE inline void depthwise_tile(T* out, const T* in, const int64_t* offsets, const T* kernel, KernelRows rows,
+                                          int64_t step) {
   Vec<T> sum[Tile];
 #pragma GCC unroll 16
   for (int j = 0; j < Tile; ++j) sum[j] = Add ? get(out + j * step) : Vec<T>{};
-  for (int t = 0; t < Taps; ++t) {
+  for (int t = rows.begin * side_of(Taps); t < rows.end * side_of(Taps); ++t) {
     const Vec<T> w = get(kernel + t * kLanes<T>);
     const T* p = in + offsets[t];
 #pragma GCC unroll 16
@@ -27,34 +35,40 @@ FASTNAS_INLINE inline void depthwise_tile(T* out, const T* in, const int64_t* of
 }
 
 template <class T, int Taps, bool Add>
-FASTNAS_INLINE inline void depthwise_row(T* out, const T* in, const int64_t* offsets, const T* kernel,
+FASTNAS_INLINE inline void depthwise_row(T* out, const T* in, const int64_t* offsets, const T* kernel, KernelRows rows,
                                          int64_t positions, int64_t vectors, int64_t step) {
   for (int64_t v = 0; v < vectors; ++v) {
     T* o = out + v * kLanes<T>;
     const T* i = in + v * kLanes<T>;
     const T* k = kernel + v * Taps * kLanes<T>;
     int64_t j = 0;
-    for (; j + 8 <= positions; j += 8) depthwise_tile<T, Taps, 8, Add>(o + j * step, i + j * step, offsets, k, step);
-    for (; j + 4 <= positions; j += 4) depthwise_tile<T, Taps, 4, Add>(o + j * step, i + j * step, offsets, k, step);
-    for (; j < positions; ++j) depthwise_tile<T, Taps, 1, Add>(o + j * step, i + j * step, offsets, k, step);
+    for (; j + 8 <= positions; j += 8)
+      depthwise_tile<T, Taps, 8, Add>(o + j * step, i + j * step, offsets, k, rows, step);
+    for (; j + 4 <= positions; j += 4)
+      depthwise_tile<T, Taps, 4, Add>(o + j * step, i + j * step, offsets, k, rows, step);
+    for (; j < positions; ++j) depthwise_tile<T, Taps, 1, Add>(o + j * step, i + j * step, offsets, k, rows, step);
   }
 }
 
 // The same at stride 1 where the taps of a kernel's row are Dilation positions apart: an input is loaded once for all
-// of them, so that loads are fewer than multiply-adds. Offsets are those of a whole kernel, in ascending order.
-template <class T, int Side, int Dilation, int Tile, bool Add>
-FASTNAS_INLINE inline void window_tile(T* out, const T* in, const int64_t* offsets, const T* kernel, int64_t step) {
+// of them, so that loads are fewer than multiply-adds. Offsets are those of a whole kernel, in ascending order. Left,
+// Right: the tile begins or ends the row, and what it would read beyond is zero.
+template <class T, int Side, int Dilation, int Tile, bool Add, bool Left, bool Right>
+FASTNAS_INLINE inline void window_tile(T* out, const T* in, const int64_t* offsets, const T* kernel, KernelRows rows,
+                                       int64_t step) {
+  constexpr int reach = (Side - 1) * Dilation;
+  constexpr int begin = Left ? reach / 2 : 0, end = Tile + (Right ? reach / 2 : reach);
   Vec<T> sum[Tile];
 #pragma GCC unroll 16
   for (int j = 0; j < Tile; ++j) sum[j] = Add ? get(out + j * step) : Vec<T>{};
 #pragma GCC unroll 1
-  for (int y = 0; y < Side; ++y) {
+  for (int y = rows.begin; y < rows.end; ++y) {
     const T* p = in + offsets[y * Side];
     Vec<T> w[Side];
 #pragma GCC unroll 5
     for (int x = 0; x < Side; ++x) w[x] = get(kernel + (y * Side + x) * kLanes<T>);
 #pragma GCC unroll 16
-    for (int i = 0; i < Tile + (Side - 1) * Dilation; ++i) {
+    for (int i = begin; i < end; ++i) {
       const Vec<T> value = get(p + i * step);
 #pragma GCC unroll 5
       for (int x = 0; x < Side; ++x)
@@ -66,28 +80,37 @@ FASTNAS_INLINE inline void window_tile(T* out, const T* in, const int64_t* offse
 }
 
 template <class T, int Side, int Dilation, bool Add>
-FASTNAS_INLINE inline void window_row(T* out, const T* in, const int64_t* offsets, const T* kernel, int64_t positions,
-                                      int64_t vectors, int64_t step) {
+FASTNAS_INLINE inline void window_row(T* out, const T* in, const int64_t* offsets, const T* kernel, KernelRows rows,
+                                      int64_t positions, int64_t vectors, int64_t step) {
   constexpr int taps = Side * Side;
   for (int64_t v = 0; v < vectors; ++v) {
     T* o = out + v * kLanes<T>;
     const T* i = in + v * kLanes<T>;
     const T* k = kernel + v * taps * kLanes<T>;
     int64_t j = 0;
-    for (; j + 8 <= positions; j += 8)
-      window_tile<T, Side, Dilation, 8, Add>(o + j * step, i + j * step, offsets, k, step);
-    for (; j + 4 <= positions; j += 4)
-      window_tile<T, Side, Dilation, 4, Add>(o + j * step, i + j * step, offsets, k, step);
-    for (; j < positions; ++j) depthwise_tile<T, taps, 1, Add>(o + j * step, i + j * step, offsets, k, step);
+    const auto tile = [&](auto size, auto left, auto right) FASTNAS_INLINE {
+      window_tile<T, Side, Dilation, size, Add, left, right>(o + j * step, i + j * step, offsets, k, rows, step);
+      j += size;
+    };
+    constexpr std::integral_constant<int, 8> eight;
+    constexpr std::integral_constant<int, 4> four;
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    if (positions == 8) tile(eight, yes, yes);
+    if (j == 0 && positions > 8) tile(eight, yes, no);
+    while (j + 8 < positions) tile(eight, no, no);
+    if (j + 8 == positions) tile(eight, no, yes);
+    while (j + 4 <= positions) tile(four, no, no);
+    for (; j < positions; ++j) depthwise_tile<T, taps, 1, Add>(o + j * step, i + j * step, offsets, k, rows, step);
   }
 }
 
 // out[j + offsets[t]] += kernel[t] * in[j]: the gradient of a strided row's input.
 template <class T, int Taps>
-FASTNAS_INLINE inline void scatter_row(T* out, const T* in, const int64_t* offsets, const T* kernel, int64_t positions,
-                                       int64_t vectors, int64_t step) {
+FASTNAS_INLINE inline void scatter_row(T* out, const T* in, const int64_t* offsets, const T* kernel, KernelRows rows,
+                                       int64_t positions, int64_t vectors, int64_t step) {
   for (int64_t v = 0; v < vectors; ++v)
-    for (int t = 0; t < Taps; ++t) {
+    for (int t = rows.begin * side_of(Taps); t < rows.end * side_of(Taps); ++t) {
       const Vec<T> w = get(kernel + (v * Taps + t) * kLanes<T>);
       T* o = out + offsets[t] + v * kLanes<T>;
       const T* i = in + v * kLanes<T>;
@@ -132,11 +155,12 @@ FASTNAS_INLINE inline void kernel_gradient(T* gradient, const T* g, int64_t g_ro
   }
 }
 
-// The same at stride 1 where the taps of a kernel's row are Dilation positions apart.
-template <class T, int Side, int Dilation>
+// The same at stride 1 where the taps of a kernel's row are Dilation positions apart. rows_of(y): the KernelRows of row
+// y.
+template <class T, int Side, int Dilation, class RowsOf>
 FASTNAS_INLINE inline void window_gradient(T* gradient, const T* g, int64_t g_row, const T* in, int64_t in_row,
-                                           const int64_t* offsets, int64_t rows, int64_t positions, int64_t vectors,
-                                           int64_t step) {
+                                           const int64_t* offsets, const RowsOf& rows_of, int64_t rows,
+                                           int64_t positions, int64_t vectors, int64_t step) {
   constexpr int taps = Side * Side, together = 4;
   for (int64_t v = 0; v < vectors; ++v) {
     Vec<T> sum[taps];
@@ -145,6 +169,7 @@ FASTNAS_INLINE inline void window_gradient(T* gradient, const T* g, int64_t g_ro
     for (int64_t y = 0; y < rows; ++y) {
       const T* gs = g + y * g_row + v * kLanes<T>;
       const T* input = in + y * in_row + v * kLanes<T>;
+      const KernelRows met = rows_of(y);
       int64_t j = 0;
       for (; j + together <= positions; j += together) {
         Vec<T> gj[together];
@@ -152,6 +177,7 @@ FASTNAS_INLINE inline void window_gradient(T* gradient, const T* g, int64_t g_ro
         for (int n = 0; n < together; ++n) gj[n] = get(gs + (j + n) * step);
 #pragma GCC unroll 5
         for (int ky = 0; ky < Side; ++ky) {
+          if (ky < met.begin || ky >= met.end) continue;
           const T* p = input + offsets[ky * Side] + j * step;
 #pragma GCC unroll 16
           for (int i = 0; i < together + (Side - 1) * Dilation; ++i) {
@@ -337,16 +363,14 @@ FASTNAS_INLINE inline void dispatch_taps(int64_t taps, int64_t dilation, const B
   body(std::integral_constant<int, 1>{}, std::integral_constant<int, 0>{});
 }
 
-constexpr int side_of(int taps) { return taps == 25 ? 5 : taps == 9 ? 3 : 1; }
-
 // A row of a depthwise convolution, by the faster of the two ways.
 template <class T, int Taps, int Dilation, bool Add>
-FASTNAS_INLINE inline void convolve_row(T* out, const T* in, const int64_t* offsets, const T* kernel, int64_t positions,
-                                        int64_t vectors, int64_t step) {
+FASTNAS_INLINE inline void convolve_row(T* out, const T* in, const int64_t* offsets, const T* kernel, KernelRows rows,
+                                        int64_t positions, int64_t vectors, int64_t step) {
   if constexpr (Dilation > 0)
-    window_row<T, side_of(Taps), Dilation, Add>(out, in, offsets, kernel, positions, vectors, step);
+    window_row<T, side_of(Taps), Dilation, Add>(out, in, offsets, kernel, rows, positions, vectors, step);
   else
-    depthwise_row<T, Taps, Add>(out, in, offsets, kernel, positions, vectors, step);
+    depthwise_row<T, Taps, Add>(out, in, offsets, kernel, rows, positions, vectors, step);
 }
 
 }  // namespace fastnas

@@ -20,6 +20,7 @@ struct Part {
   int64_t source, output, first, taps, outputs;
   bool depthwise, flat;
   int64_t dilation;  // in positions; 0 where taps are not whole positions apart
+  int64_t spacing;   // rows from one tap to the next
   using Offsets = std::array<int64_t, 25>;
   Offsets offsets;   // of each tap in the input with its border, from where its output pixel is
   Offsets mirrored;  // the same for the input's gradient, in the output's gradient with a border, of the kernel turned
@@ -32,6 +33,12 @@ struct Part {
   int64_t out_pitch;                      // of a pixel of the output in a buffer
   int64_t in_pitch;                       // whole vectors of input channels
   int64_t kernel_start, pointwise_start;  // in the flat gradient
+
+  // The rows of the kernel that meet a map of `height` rows when its middle lies on row y of it.
+  KernelRows rows_at(int64_t y, int64_t height) const {
+    const int64_t half = side_of(taps) / 2, above = std::min(half, y / spacing);
+    return {static_cast<int>(half - above), static_cast<int>(half + std::min(half, (height - 1 - y) / spacing) + 1)};
+  }
 };
 
 // The weights of a part, dense: depthwise [C, side, side], null where it just takes pixels, and pointwise [outputs, C].
@@ -92,6 +99,7 @@ class Plan {
       const int64_t* field = description.data() + kFields * p;
       Part<T>& part = parts[p];
       part.dilation = frame.flat || stride == 2 ? 0 : field[3];
+      part.spacing = field[3];
       place_taps(part, field[3], field[4]);
       part.kernel = free;
       part.turned = backward ? free + packed_kernel(part) : nullptr;

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/vector.h"
 #include "ops/stages/map.h"
-#include "ops/stages/vector.h"
 
 // How a stage lays out an image. A buffer holds pixel after pixel, at each pixel its channels. Channels that divide a
 // vector are packed without gaps, several pixels to a vector ("flat"); others are filled up to whole vectors. Either

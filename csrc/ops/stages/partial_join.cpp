@@ -29,9 +29,9 @@ FASTNAS_INLINE inline void for_each_window(const Map& m, const T* image, int64_t
     read(p, highest);
     const auto offer = [&](int64_t at, int number) FASTNAS_INLINE {
       read(p + at, v);
-      const auto higher = v > highest;
-      which = higher ? decltype(v){} + static_cast<T>(number) : which;
-      highest = higher ? v : highest;
+      const auto before = highest;
+      highest = v > highest ? v : highest;
+      which = if_same(highest, before, which, decltype(v){} + static_cast<T>(number));
     };
     if (right) offer(m.pixel, 1);
     if (down) offer(row, 2);
@@ -241,18 +241,17 @@ Tensor partial_join_dx(Tensor x, std::vector<Tensor> gs, Tensor betas, int64_t s
           }
           if (stride == 1) continue;
           T* target = dx + (b * map.height + 2 * y) * map.width * channels;
-          for_each_window(map, x_data + b * map.image(), y,
-                          [&](int64_t p, int64_t c, auto v, auto which) FASTNAS_INLINE {
-                            auto before = v;
-                            read(row + p * channels + c, v);
-                            for (int number = 0; number < 4; ++number) {
-                              if ((number % 2 && 2 * p + 1 >= map.width) || (number / 2 && 2 * y + 1 >= map.height))
-                                continue;
-                              T* pixel = target + (number / 2 * map.width + 2 * p + number % 2) * channels + c;
-                              read(pixel, before);
-                              write(pixel, before + (which == static_cast<T>(number) ? v : decltype(v){}));
-                            }
-                          });
+          for_each_window(
+              map, x_data + b * map.image(), y, [&](int64_t p, int64_t c, auto v, auto which) FASTNAS_INLINE {
+                auto before = v;
+                read(row + p * channels + c, v);
+                for (int number = 0; number < 4; ++number) {
+                  if ((number % 2 && 2 * p + 1 >= map.width) || (number / 2 && 2 * y + 1 >= map.height)) continue;
+                  T* pixel = target + (number / 2 * map.width + 2 * p + number % 2) * channels + c;
+                  read(pixel, before);
+                  write(pixel, before + if_same(which, decltype(v){} + static_cast<T>(number), v, decltype(v){}));
+                }
+              });
         }
       });
     });

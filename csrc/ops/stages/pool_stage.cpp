@@ -57,7 +57,7 @@ FASTNAS_INLINE inline void load_image(T* padded, const Frame<T>& f, const T* x, 
       const int64_t step = f.stride * pixel, pixels = ceil_div(f.width - first, f.stride);
       const auto body = [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
         read(in + p * step + c, v);
-        write(out + p * f.pitch + c, v);
+        write(out + p * f.pitch + c, v + T(0));  // -0 becomes 0, so that equal numbers have equal bits
       };
       if (f.flat && step == f.channels)
         for_each_dense_value<T>(pixels, f.channels, body);
@@ -188,9 +188,8 @@ FASTNAS_INLINE inline void scatter_whole_pixels(T* dx, const T* low, const T* hi
         value[r][2] = get(low + at + r * row + 2 * step);
 #pragma GCC unroll 3
         for (int c = 0; c < 3; ++c) {
-          const auto found = value[r][c] == top;
-          sum[r][c] += share + (found ? left : Vec<T>{});
-          left = found ? Vec<T>{} : left;
+          sum[r][c] += share + if_same(value[r][c], top, left, Vec<T>{});
+          left = if_same(value[r][c], top, Vec<T>{}, left);
         }
         T* target = dx + at + r * row;
         put(target, get(target) + sum[r][0]);
@@ -224,9 +223,9 @@ FASTNAS_INLINE inline void scatter_row(T* dx, const T* low, const T* highest, co
 #pragma GCC unroll 9
       for (int t = 0; t < kTaps; ++t) {
         T* target = dx + start + at + w.offsets[t];
-        const auto found = get(low + start + at + w.offsets[t]) == top;
-        put(target, get(target) + share + (found ? left : Vec<T>{}));
-        left = found ? Vec<T>{} : left;
+        const Vec<T> value = get(low + start + at + w.offsets[t]);
+        put(target, get(target) + share + if_same(value, top, left, Vec<T>{}));
+        left = if_same(value, top, Vec<T>{}, left);
       }
     }
 }

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "ops/stages/vector.h"
+#include "common/vector.h"
 
 namespace fastnas {
 

@@ -203,7 +203,7 @@ class Source {
       straight_backward(data<T>(found.dx), gs, coef.data(), base);
       under = View<T>{data<T>(found.dx), dense(view_.map)};
     }
-    if (layout_.first_outputs)
+    if (layout_.first_outputs && (need_dx || need_dw))
       convolutions_backward(found, term_gs, coef.data(), norm, under, training, need_dx, need_dw);
     return found;
   }
@@ -368,7 +368,6 @@ class Source {
       }
       second_ = Tensor();
     }
-    if (!need_dx && !need_dw) return;
     if (need_dx && !found.dx.numel()) found.dx = like_x();
     convolve_backward<T>(*first_plan_, first_gs, all(first_, layout_.first_outputs), first_coef.data(), {view_},
                          nullptr, base, need_dx ? data<T>(found.dx) : nullptr, nullptr, first_dw);

@@ -54,6 +54,22 @@ FASTNAS_INLINE inline void write(T* p, const T& v) {
   *p = v;
 }
 
+// a where x and y are the same bit by bit, else b; lane by lane where they are vectors. In integers, because GCC 12
+// makes comparisons of vectors that decide about more than one thing with a branch a lane.
+template <class V>
+FASTNAS_INLINE inline V if_same(V x, V y, V a, V b) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return x == y ? a : b;
+  } else {
+    using T = std::remove_cvref_t<decltype(x[0])>;
+    constexpr bool kSingle = sizeof(T) == 4;
+    typedef std::conditional_t<kSingle, uint32_t, uint64_t> Bits __attribute__((vector_size(64)));
+    const Bits apart = (Bits)x ^ (Bits)y;
+    const Index<T> differs = (Index<T>)(apart | -apart) >> (kSingle ? 31 : 63);
+    return (V)(((Index<T>)a & ~differs) | ((Index<T>)b & differs));
+  }
+}
+
 // body(pixel, channel, value of the type to read) for every channel of every pixel, as whole vectors while they last.
 template <class T, class Body>
 FASTNAS_INLINE inline void for_each_value(int64_t pixels, int64_t channels, const Body& body) {
