@@ -1,5 +1,7 @@
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -105,9 +107,15 @@ class Plan {
       part.turned = backward ? free + packed_kernel(part) : nullptr;
       part.pointwise = free + packed_kernel(part) * (backward ? 2 : 1);
       free = part.pointwise + packed_pointwise(part, backward);
-      pack_kernel(part, given[p].depthwise);
-      pack_pointwise(part, given[p].pointwise, backward);
     }
+    constexpr int64_t kPartsAThread = 1 << 14;  // values; fewer are not worth waking a thread for
+    const int64_t count = static_cast<int64_t>(parts.size());
+    torch::stable::parallel_for(0, count, ceil_div(kPartsAThread * count, size), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        pack_kernel(parts[p], given[p].depthwise);
+        pack_pointwise(parts[p], given[p].pointwise, backward);
+      }
+    });
   }
 
  private:
@@ -130,15 +138,14 @@ class Plan {
   void pack_kernel(Part<T>& part, const T* depthwise) {
     constexpr int64_t lanes = kLanes<T>;
     const int64_t size = packed_kernel(part), taps = part.taps;
-    std::fill_n(part.kernel, size, part.depthwise ? T(0) : T(1));
-    if (part.depthwise) {
-      const int64_t width = frame.flat ? lanes : frame.channels;  // of flat rows the channels are repeated
-      for (int64_t column = 0; column < width; ++column) {
-        const T* own = depthwise + (frame.flat ? column % frame.channels : column) * taps;
-        T* packed = part.kernel + column / lanes * taps * lanes + column % lanes;
-        for (int64_t t = 0; t < taps; ++t) packed[t * lanes] = own[t];
-      }
-    }
+    if (!part.depthwise) std::fill_n(part.kernel, size, T(1));
+    const int64_t width = frame.flat ? lanes : frame.channels;  // of flat rows the channels are repeated
+    for (int64_t first = 0; part.depthwise && first < rounded_up(width, lanes); first += lanes)
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          const int64_t column = first + lane, channel = frame.flat ? column % frame.channels : column;
+          part.kernel[first * taps + t * lanes + lane] = column < width ? depthwise[channel * taps + t] : T(0);
+        }
     if (!part.turned) return;
     for (int64_t vector = 0; vector < size; vector += taps * lanes)
       for (int64_t t = 0; t < taps; ++t)
@@ -165,7 +172,7 @@ class Plan {
     }
     // A few columns of w at a time, so that what is read of a row is used while it is near.
     constexpr int64_t together = 16;
-    std::fill_n(packed, channels * part.out_pitch, T(0));
+    if (part.outputs < part.out_pitch) std::fill_n(packed, channels * part.out_pitch, T(0));
     for (int64_t first = 0; first < channels; first += together)
       for (int64_t o = 0; o < part.outputs; ++o)
         for (int64_t c = first; c < std::min(first + together, channels); ++c)
