@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/simd.h"
+#include "ops/stages/map.h"
 
 namespace fastnas {
 
@@ -27,6 +28,16 @@ FASTNAS_INLINE inline void for_each_pair(int64_t sources, int64_t begin, int64_t
                                FASTNAS_INLINE { return std::max<int64_t>(0, pair - source + sources - 1) / sources; };
   for (int64_t source = 0; source < sources; ++source)
     for (int64_t image = first_image(begin, source); image < first_image(end, source); ++image) body(source, image);
+}
+
+// Shares out rows of `length` values, of which a few thousand are worth waking a thread for: body(begin, end), compiled
+// for this processor.
+template <class Body>
+void for_each_row_of(int64_t rows, int64_t length, const Body& body) {
+  constexpr int64_t kValuesAThread = 1 << 13;
+  torch::stable::parallel_for(
+      0, rows, ceil_div(kValuesAThread, std::max<int64_t>(1, length)),
+      [&](int64_t begin, int64_t end) { vectorised([&]() FASTNAS_INLINE { body(begin, end); }); });
 }
 
 inline int64_t chunk_count(int64_t pieces) {

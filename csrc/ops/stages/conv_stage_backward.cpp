@@ -43,25 +43,33 @@ class WeightGradients {
 
   // The sum over `chunks` packed gradients, as the flat gradient of the op.
   void write(T* out, const std::vector<Scratch<T>>& chunks) const {
-    std::fill(out, out + plan_.weights, T(0));
     const Frame<T>& f = plan_.frame;
-    for (const auto& chunk : chunks)
-      for (size_t p = 0; p < plan_.parts.size(); ++p) {
+    const int64_t count = static_cast<int64_t>(plan_.parts.size()), own = size_ / std::max<int64_t>(1, count);
+    for_each_row_of(count, own * static_cast<int64_t>(chunks.size()), [&](int64_t begin, int64_t end) FASTNAS_INLINE {
+      for (int64_t p = begin; p < end; ++p) {
         const Part<T>& part = plan_.parts[p];
-        if (part.depthwise) add_kernel(out + part.kernel_start, chunk.data() + kernels_[p], part.taps);
-        // Flat rows hold the gradient of several pixels beside each other.
-        const T* pointwise = chunk.data() + pointwise_[p];
-        const int64_t row = part.flat ? kLanes<T> : part.in_pitch, used = part.flat ? kLanes<T> : f.channels;
-        for (int64_t o = 0; o < part.outputs; ++o)
-          for (int64_t pixel = 0; pixel < used; pixel += f.channels)
-            for (int64_t i = 0; i < f.channels; ++i)
-              out[part.pointwise_start + o * f.channels + i] += pointwise[o * row + pixel + i];
+        std::fill(out + part.kernel_start, out + part.pointwise_start + part.outputs * f.channels, T(0));
+        for (const auto& chunk : chunks) {
+          if (part.depthwise) add_kernel(out + part.kernel_start, chunk.data() + kernels_[p], part.taps);
+          // Flat rows hold the gradient of several pixels beside each other.
+          const T* pointwise = chunk.data() + pointwise_[p];
+          const int64_t row = part.flat ? kLanes<T> : part.in_pitch, used = part.flat ? kLanes<T> : f.channels;
+          for (int64_t o = 0; o < part.outputs; ++o) {
+            T* to = out + part.pointwise_start + o * f.channels;
+            for (int64_t pixel = 0; pixel < used; pixel += f.channels) {
+              const T* from = pointwise + o * row + pixel;
+#pragma omp simd
+              for (int64_t i = 0; i < f.channels; ++i) to[i] += from[i];
+            }
+          }
+        }
       }
+    });
   }
 
  private:
   // out [channels][taps] += kernel [vectors][taps][lanes]
-  void add_kernel(T* out, const T* kernel, int64_t taps) const {
+  FASTNAS_INLINE inline void add_kernel(T* out, const T* kernel, int64_t taps) const {
     const Frame<T>& f = plan_.frame;
     for (int64_t column = 0; column < (f.flat ? kLanes<T> : f.channels); ++column) {
       T* own = out + (f.flat ? column % f.channels : column) * taps;

@@ -68,6 +68,7 @@ class Plan {
     STD_TORCH_CHECK(stride == 1 || stride == 2, op, ": stride must be 1 or 2");
     STD_TORCH_CHECK(!given.empty() && description.size() == kFields * given.size(), op,
                     ": every part needs five integers and two weights");
+    parts.reserve(given.size());
     for (size_t p = 0; p < given.size(); ++p) {
       const PartWeights<T>& own = given[p];
       const int64_t* field = description.data() + kFields * p;

@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
+#include "ops/stages/chunks.h"
 #include "ops/stages/columns.h"
+#include "ops/stages/scratch.h"
 
 namespace fastnas {
 
@@ -14,7 +15,7 @@ template <class T>
 class Dots {
  public:
   Dots(int64_t pairs, int64_t batch, int64_t channels)
-      : pairs_(pairs), batch_(batch), channels_(channels), images_(pairs * batch * 2 * channels) {}
+      : pairs_(pairs), batch_(batch), channels_(channels), images_(pairs * batch * 2 * channels, false) {}
 
   // An image of a pair; `g_pixel`, `z_pixel`: elements from one pixel to the next; `sums` is the thread's own.
   FASTNAS_INLINE inline void measure(int64_t pair, int64_t image, const T* g, int64_t g_pixel, const T* z,
@@ -34,20 +35,25 @@ class Dots {
 
   // [pairs, 2, channels]
   void write(T* out) const {
-    std::vector<double> sum(2 * channels_);
-    for (int64_t p = 0; p < pairs_; ++p) {
-      std::fill(sum.begin(), sum.end(), 0.0);
-      for (int64_t b = 0; b < batch_; ++b) {
-        const double* image = images_.data() + (p * batch_ + b) * 2 * channels_;
-        for (int64_t c = 0; c < 2 * channels_; ++c) sum[c] += image[c];
+    const int64_t count = 2 * channels_;
+    for_each_row_of(pairs_, batch_ * count, [&](int64_t begin, int64_t end) FASTNAS_INLINE {
+      Scratch<double> memory(count, false);
+      double* sum = memory.data();
+      for (int64_t p = begin; p < end; ++p) {
+        std::fill_n(sum, count, 0.0);
+        for (int64_t b = 0; b < batch_; ++b) {
+          const double* image = images_.data() + (p * batch_ + b) * count;
+#pragma omp simd
+          for (int64_t c = 0; c < count; ++c) sum[c] += image[c];
+        }
+        for (int64_t c = 0; c < count; ++c) out[p * count + c] = static_cast<T>(sum[c]);
       }
-      for (int64_t c = 0; c < 2 * channels_; ++c) out[p * 2 * channels_ + c] = static_cast<T>(sum[c]);
-    }
+    });
   }
 
  private:
   int64_t pairs_, batch_, channels_;
-  std::vector<double> images_;
+  Scratch<double> images_;
 };
 
 }  // namespace fastnas

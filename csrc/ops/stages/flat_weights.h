@@ -19,6 +19,7 @@ class FlatWeights {
   // Those of the next parts. shapes: of each the side of its depthwise kernel, 0 where it has none, and its outputs.
   std::vector<PartWeights<T>> take(const std::vector<int64_t>& shapes) {
     std::vector<PartWeights<T>> found;
+    found.reserve(shapes.size() / 2);
     for (size_t p = 0; p + 1 < shapes.size(); p += 2) {
       const int64_t side = shapes[p], outputs = shapes[p + 1], matrix = at_ + side * side * channels_;
       STD_TORCH_CHECK(side >= 0 && outputs > 0 && matrix + outputs * channels_ <= size_, op_, ": weights are missing");

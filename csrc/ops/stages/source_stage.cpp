@@ -39,13 +39,22 @@ struct Layout {
       return *at++;
     };
     stride = next(), first_outputs = next(), second_outputs = next(), nodes = next();
-    for (auto [parts, shapes] : {std::pair{&first_parts, &first_shapes}, std::pair{&second_parts, &second_shapes}})
-      for (int64_t count = next(); count > 0; --count) {
+    const auto next_count = [&] {
+      const int64_t count = next();
+      STD_TORCH_CHECK(count >= 0 && count <= packed.end() - at, op, ": the layout ends too early");
+      return count;
+    };
+    for (auto [parts, shapes] : {std::pair{&first_parts, &first_shapes}, std::pair{&second_parts, &second_shapes}}) {
+      const int64_t count = next_count();
+      shapes->reserve(2 * count), parts->reserve(Plan<float>::kFields * count);
+      for (int64_t part = 0; part < count; ++part) {
         for (int64_t size = 0; size < 2; ++size) shapes->push_back(next());
         for (int64_t field = 0; field < Plan<float>::kFields; ++field) parts->push_back(next());
       }
-    for (int64_t count = next(); count > 0; --count) second_from.push_back(next());
-    for (int64_t count = next(); count > 0; --count) {
+    }
+    for (int64_t count = next_count(); count > 0; --count) second_from.push_back(next());
+    int64_t count = next_count();
+    for (terms.reserve(count); count > 0; --count) {
       Term term{next(), next(), next(), next(), next(), 0};
       pools += term.stage == kPool;
       terms.push_back(term);
@@ -149,6 +158,7 @@ class Source {
   // The map of each term.
   std::vector<View<T>> term_maps() const {
     std::vector<View<T>> found;
+    found.reserve(layout_.terms.size());
     for (const Term& term : layout_.terms)
       found.push_back(term.stage == kState   ? view_
                       : term.stage == kPool  ? one(pool_, term.index)
@@ -163,6 +173,7 @@ class Source {
     for (int64_t node = 0; node < layout_.nodes; ++node) {
       std::vector<View<T>> own;
       std::vector<T> coef;
+      own.reserve(terms.size()), coef.reserve(terms.size() * 2 * channels);
       for (size_t k = 0; k < terms.size(); ++k) {
         if (layout_.terms[k].node != node) continue;
         own.push_back(terms[k]);
@@ -181,6 +192,7 @@ class Source {
     const int64_t channels = out_.channels, count = static_cast<int64_t>(layout_.terms.size());
     run_pools(nullptr);
     std::vector<View<T>> term_gs;
+    term_gs.reserve(layout_.terms.size());
     for (const Term& term : layout_.terms) term_gs.push_back(gs[term.node]);
     std::vector<T> means(count * channels), dots(count * 2 * channels), coef(count * 4 * channels);
     for (int64_t k = 0; k < count; ++k)

@@ -2,10 +2,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
+#include "ops/stages/chunks.h"
 #include "ops/stages/columns.h"
 #include "ops/stages/map.h"
+#include "ops/stages/scratch.h"
 
 namespace fastnas {
 
@@ -21,7 +22,7 @@ class Statistics {
         batch_(batch),
         pixels_(pixels),
         channels_(channels),
-        images_(outputs * batch * channels * 2) {}
+        images_(outputs * batch * channels * 2, false) {}
 
   // A dense image [pixels, channels]; `sums` is the thread's own.
   FASTNAS_INLINE inline void measure(int64_t output, int64_t image, const T* z, ChannelSums<T>& sums) {
@@ -59,29 +60,32 @@ class Statistics {
 
   // [outputs, 2, channels]
   void write(T* out) const {
-    std::vector<double> mean(channels_), squares(channels_);
-    for (int64_t o = 0; o < outputs_; ++o) {
-      std::fill(mean.begin(), mean.end(), 0.0);
-      std::fill(squares.begin(), squares.end(), 0.0);
-      for (int64_t b = 0; b < batch_; ++b) {
-        const double* image = images_.data() + (o * batch_ + b) * 2 * channels_;
-        const double share = 1.0 / (b + 1), spread = share * pixels_ * b;
+    for_each_row_of(outputs_, batch_ * channels_, [&](int64_t begin, int64_t end) FASTNAS_INLINE {
+      Scratch<double> sums(2 * channels_, false);
+      double *mean = sums.data(), *squares = mean + channels_;
+      for (int64_t o = begin; o < end; ++o) {
+        std::fill_n(mean, 2 * channels_, 0.0);
+        for (int64_t b = 0; b < batch_; ++b) {
+          const double* image = images_.data() + (o * batch_ + b) * 2 * channels_;
+          const double share = 1.0 / (b + 1), spread = share * pixels_ * b;
+#pragma omp simd
+          for (int64_t c = 0; c < channels_; ++c) {
+            const double step = image[c] - mean[c];
+            mean[c] += step * share;
+            squares[c] += image[channels_ + c] + step * step * spread;
+          }
+        }
         for (int64_t c = 0; c < channels_; ++c) {
-          const double step = image[c] - mean[c];
-          mean[c] += step * share;
-          squares[c] += image[channels_ + c] + step * step * spread;
+          out[o * 2 * channels_ + c] = static_cast<T>(mean[c]);
+          out[(o * 2 + 1) * channels_ + c] = static_cast<T>(squares[c] / (static_cast<double>(batch_) * pixels_));
         }
       }
-      for (int64_t c = 0; c < channels_; ++c) {
-        out[o * 2 * channels_ + c] = static_cast<T>(mean[c]);
-        out[(o * 2 + 1) * channels_ + c] = static_cast<T>(squares[c] / (static_cast<double>(batch_) * pixels_));
-      }
-    }
+    });
   }
 
  private:
   int64_t outputs_, batch_, pixels_, channels_;
-  std::vector<double> images_;
+  Scratch<double> images_;
 };
 
 }  // namespace fastnas
