@@ -3,20 +3,21 @@
     python bench/search_step.py --method darts --batch 16 --rows plain,plain_channels_last,fused,fused_lean --json -
     python bench/search_step.py --sweep sweep.svg --rows fused
 
-A round runs every row once, so that a machine that slows down does so for all; the first runs are left out and
-reported as `first_ms`. `ms` is the median of the rounds, `parts_ms` a breakdown of further runs; `saved_bytes` and
-`peak_bytes` come from the tracker of the profiler and are the same each time. The row `plain_compile` runs one normal
-and one reduction cell under torch.compile, which takes too long for the whole network; on a GPU the row `fused_half`
-keeps its maps in bfloat16, and `fused_graph` replays a search step that was recorded before.
+A round runs every row once, each in a process of its own, so that a machine that slows down does so for all; the first
+runs are left out and reported as `first_ms`. `ms` is the median of the rounds, `parts_ms` a breakdown of further runs;
+`saved_bytes` and `peak_bytes` come from the tracker of the profiler and are the same each time. The row `plain_compile`
+runs one normal and one reduction cell under torch.compile, which takes too long for the whole network; on a GPU the row
+`fused_half` keeps its maps in bfloat16, and `fused_graph` replays a search step that was recorded before.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ if not __package__:
 
 from bench.footprints import status
 from bench.report import header, save
+from bench.row_process import RowProcess
 from bench.step_rows import GRAPH, HALF, METHODS, PARTS, ROWS, Problem, Row, compiled_cells
 from bench.sweep import sweep
-from fastnas.engine.training import settled_heap
 from fastnas.errors import UserError
 
 COMPILED = "plain_compile"
@@ -39,33 +40,36 @@ BREAKDOWNS = 3  # runs that parts_ms is the median of
 
 def measure(problem: Problem, names: Sequence[str], *, rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
     """Rows by name, timed in turn."""
-    rows = {name: Row(name, problem, device) for name in names}
-    first, times = time_rows(rows, rounds)
     results = {}
-    for name, row in rows.items():
-        parts = [row.breakdown() for _ in range(min(rounds, BREAKDOWNS))]
-        footprint = row.footprint()
-        results[name] = {
-            "ms": _ms(times[name]),
-            "ms_min": 1000 * min(times[name]),
-            "ms_max": 1000 * max(times[name]),
-            "first_ms": 1000 * first[name],
-            "parts_ms": {part: _ms([run[part] for run in parts]) for part in PARTS if part in parts[0]},
-            "saved_bytes": footprint.saved_bytes,
-            "peak_bytes": footprint.peak,
-        }
+    with in_processes(problem, names, device) as rows:
+        first, times = time_rows(rows, rounds)
+        for name, row in rows.items():
+            parts = [row.breakdown() for _ in range(min(rounds, BREAKDOWNS))]
+            footprint = row.footprint()
+            results[name] = {
+                "ms": _ms(times[name]),
+                "ms_min": 1000 * min(times[name]),
+                "ms_max": 1000 * max(times[name]),
+                "first_ms": 1000 * first[name],
+                "parts_ms": {part: _ms([run[part] for run in parts]) for part in PARTS if part in parts[0]},
+                "saved_bytes": footprint.saved_bytes,
+                "peak_bytes": footprint.peak,
+            }
     return results
 
 
-def time_rows(rows: Mapping[str, Row], rounds: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+@contextlib.contextmanager
+def in_processes(problem: Problem, names: Sequence[str], device: torch.device) -> Iterator[dict[str, RowProcess]]:
+    """Rows by name, each in a process of its own."""
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(RowProcess(name, problem, device)) for name in names}
+
+
+def time_rows(rows: Mapping[str, RowProcess], rounds: int) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Seconds of each row's first run, and of those that follow it, one of each row in turn."""
     first = {name: row.seconds() for name, row in rows.items()}
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    with settled_heap():  # as in a search
-        for _ in range(rounds):
-            for name, row in rows.items():
-                times[name].append(row.seconds())
-    return first, times
+    turns = [{name: row.seconds() for name, row in rows.items()} for _ in range(rounds)]
+    return first, {name: [turn[name] for turn in turns] for name in rows}
 
 
 def _ms(seconds: Sequence[float]) -> float:
@@ -122,8 +126,8 @@ def main(arguments: Sequence[str]) -> None:
     if given.sweep:
 
         def times(**change: int) -> dict[str, float]:
-            rows = {name: Row(name, replace(problem, **change), device) for name in names}
-            return {name: _ms(seconds) for name, seconds in time_rows(rows, given.rounds)[1].items()}
+            with in_processes(replace(problem, **change), names, device) as rows:
+                return {name: _ms(seconds) for name, seconds in time_rows(rows, given.rounds)[1].items()}
 
         report["sweep"], picture = sweep(times)
         given.sweep.write_text(picture)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from bench import search_step, step_rows
+from bench.row_process import RowProcess
 from bench.step_rows import PARTS, Problem, Row, Stopwatch
 from bench.sweep import draw_sweep, fit_line, sweep
 from fastnas.errors import UserError
@@ -84,6 +86,17 @@ def test_resident_memory_grows_by_what_a_pass_needs() -> None:
 def test_unknown_rows_are_named() -> None:
     with pytest.raises(UserError, match="unknown row 'fast'; there are plain, plain_channels_last, fused"):
         Row("fast", TINY, CPU)
+
+
+def test_a_row_runs_in_a_process_of_its_own() -> None:
+    """And says there what it says here, errors too."""
+    with RowProcess("fused", TINY, CPU) as row:
+        assert row._process.pid != os.getpid()
+        assert min(row.seconds(), row.seconds()) > 0 and set(row.breakdown()) <= set(PARTS)
+        assert row.footprint().saved_bytes == Row("fused", TINY, CPU).footprint().saved_bytes
+    assert row._process.exitcode == 0
+    with pytest.raises(UserError, match="unknown row 'fast'"):
+        RowProcess("fast", TINY, CPU)
 
 
 def test_rows_for_gpus_are_refused_elsewhere() -> None:
