@@ -59,7 +59,7 @@ FASTNAS_INLINE inline void write(T* p, const T& v) {
 template <class V>
 FASTNAS_INLINE inline V if_same(V x, V y, V a, V b) {
   if constexpr (std::is_arithmetic_v<V>) {
-    return x == y ? a : b;
+    return std::memcmp(&x, &y, sizeof x) == 0 ? a : b;
   } else {
     using T = std::remove_cvref_t<decltype(x[0])>;
     constexpr bool kSingle = sizeof(T) == 4;

@@ -64,10 +64,15 @@ def test_pool_stage(stride, dtype):
 
 
 @native
-def test_equal_maxima_send_the_gradient_to_the_first_of_them_as_pytorch_does():
-    x = torch.randint(0, 2, (2, 6, 7, 16)).double()
-    g = torch.randn(2, 6, 7, 16, dtype=torch.double)
-    scales, coef = torch.zeros(1, 3, 16, dtype=torch.double), torch.zeros(2, 3, 16, dtype=torch.double)
+@pytest.mark.parametrize("values", [(0.0, 1.0), (-0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("channels", [4, 5, 16, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_maxima_send_the_gradient_to_the_first_of_them_as_pytorch_does(dtype, channels, values):
+    """Zeros of both signs are equal."""
+    torch.manual_seed(0)
+    x = torch.tensor(values, dtype=dtype)[torch.randint(2, (2, 6, 7, channels))]
+    g = torch.randn(2, 6, 7, channels, dtype=dtype)
+    scales, coef = torch.zeros(1, 3, channels, dtype=dtype), torch.zeros(2, 3, channels, dtype=dtype)
     scales[:, 0] = 1
     leaf = x.permute(0, 3, 1, 2).clone().requires_grad_()
     (expected,) = torch.autograd.grad(F.max_pool2d(leaf, 3, 1, 1), leaf, g.permute(0, 3, 1, 2))
