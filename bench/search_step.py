@@ -6,8 +6,9 @@
 A round runs every row once, each in a process of its own, so that a machine that slows down does so for all; the first
 runs are left out and reported as `first_ms`. `ms` is the median of the rounds, `parts_ms` a breakdown of further runs;
 `saved_bytes` and `peak_bytes` come from the tracker of the profiler and are the same each time. The row `plain_compile`
-runs one normal and one reduction cell under torch.compile, which takes too long for the whole network; on a GPU the row
-`fused_half` keeps its maps in bfloat16, and `fused_graph` replays a search step that was recorded before.
+runs one normal and one reduction cell under torch.compile, `plain_compile_net` the whole network, which compiles for
+about an hour; on a GPU the row `fused_half` keeps its maps in bfloat16, and `fused_graph` replays a search step that
+was recorded before.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ import torch
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.compiled_rows import COMPILED_ROWS
 from bench.footprints import status
 from bench.report import header, save
 from bench.row_process import RowProcess
-from bench.step_rows import GRAPH, HALF, METHODS, PARTS, ROWS, Problem, Row, compiled_cells
+from bench.step_rows import GRAPH, HALF, METHODS, PARTS, ROWS, Problem, Row
 from bench.sweep import sweep
 from fastnas.errors import UserError
 
-COMPILED = "plain_compile"
 BREAKDOWNS = 3  # runs that parts_ms is the median of
 
 
@@ -97,7 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=METHODS, default="darts")
     parser.add_argument("--step", choices=("pass", "search"), default="pass", help="what a run is [pass]")
     parser.add_argument(
-        "--rows", default=",".join(ROWS), help=f"comma-separated; {HALF}, {GRAPH}, {COMPILED} [%(default)s]"
+        "--rows",
+        default=",".join(ROWS),
+        help=f"comma-separated; {HALF}, {GRAPH}, {', '.join(COMPILED_ROWS)} [%(default)s]",
     )
     for field in fields(Problem):
         if field.name not in ("method", "step"):
@@ -133,13 +136,13 @@ def main(arguments: Sequence[str]) -> None:
         given.sweep.write_text(picture)
     else:
         report["rows"] = measure(
-            problem, [name for name in names if name != COMPILED], rounds=given.rounds, device=device
+            problem, [name for name in names if name not in COMPILED_ROWS], rounds=given.rounds, device=device
         )
-        if COMPILED in names:
-            report["rows"][COMPILED] = compiled_cells(problem, device, given.rounds)
+        for name in COMPILED_ROWS.keys() & names:
+            report["rows"][name] = COMPILED_ROWS[name](problem, device, given.rounds)
         if given.resident:
             sizes = [f"--{field.name}={getattr(problem, field.name)}" for field in fields(Problem)]
-            for name in report["rows"].keys() - {COMPILED}:
+            for name in report["rows"].keys() - COMPILED_ROWS.keys():
                 report["rows"][name]["resident_growth_bytes"] = _resident_elsewhere(name, sizes)
     save(given.json, report)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import random
-import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,7 +74,9 @@ class Row:
 
     def __init__(self, name: str, problem: Problem, device: torch.device) -> None:
         if name not in EXECUTOR_OF:
-            raise UserError(f"unknown row {name!r}; there are {', '.join(EXECUTOR_OF)}, plain_compile")
+            raise UserError(
+                f"unknown row {name!r}; there are {', '.join(EXECUTOR_OF)}, plain_compile, plain_compile_net"
+            )
         if name == HALF and device.type != "cuda":
             raise UserError(f"{HALF} is for GPUs: leave the row out")
         if name == GRAPH and (device.type != "cuda" or problem.step != "search"):
@@ -122,7 +123,7 @@ class Row:
 
     def seconds(self) -> float:
         """Wall time of one run."""
-        return _timed(self.run, self.device)
+        return timed(self.run, self.device)
 
     def breakdown(self) -> dict[str, float]:
         """Seconds of one run by part; the parts add up to it.
@@ -155,7 +156,8 @@ def _in_channels_last(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ..
     return args[0].contiguous(memory_format=torch.channels_last), *args[1:]
 
 
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a run, and of what it leaves to do on the device."""
     _wait(device)
     started = time.perf_counter()
     run()
@@ -233,48 +235,3 @@ class Stopwatch:
                 setattr(work, name, functions[name])
             for hook in hooks:
                 hook.remove()
-
-
-def compiled_cells(problem: Problem, device: torch.device, rounds: int) -> dict[str, Any]:
-    """One normal and one reduction cell under torch.compile, beside the same cells in eager mode and fused.
-
-    ms of a forward and backward pass with all gradients, medians of rounds in turn, and seconds of compilation.
-    """
-    row = Row("plain", replace(problem, method="darts", step="pass"), device)
-    assert isinstance(row.work, Pass)
-    supernet, alphas = row.work.supernet, row.work.alphas
-    cells = {"normal": supernet.cells[0], "reduction": _first_reduction(supernet)}
-    return {kind: _compiled_cell(cell, alphas, problem, device, rounds) for kind, cell in cells.items()}
-
-
-def _compiled_cell(cell: Any, alphas: Any, problem: Problem, device: torch.device, rounds: int) -> dict[str, float]:
-    inputs = [_cell_input(module, problem, device) for module in (cell.preprocess0, cell.preprocess1)]
-    leaves = [*inputs, *cell.parameters(), *alphas.parameters()]
-    compiled = torch.compile(cell.forward_mixture, dynamic=False)
-
-    def through(function: Callable[[], Tensor], backend: str) -> float:
-        def run() -> None:
-            torch.autograd.grad(function().sum(), leaves, allow_unused=True)
-
-        with fastnas.backend(backend):
-            return _timed(run, device)
-
-    runs: Mapping[str, Callable[[], float]] = {
-        "compiled": lambda: through(lambda: compiled(*inputs, *alphas().of_cell(cell.reduction)), "reference"),
-        "plain": lambda: through(lambda: cell(*inputs, alphas()), "reference"),
-        "fused": lambda: through(lambda: cell(*inputs, alphas(), executor="fused"), "native"),
-    }
-    first = {name: run() for name, run in runs.items()}
-    times = [{name: run() for name, run in runs.items()} for _ in range(rounds)]
-    medians = {f"{name}_ms": 1000 * statistics.median(turn[name] for turn in times) for name in runs}
-    return medians | {"compile_s": first["compiled"]}
-
-
-def _first_reduction(supernet: Supernet) -> nn.Module:
-    return next(cell for cell in supernet.cells if cell.reduction)
-
-
-def _cell_input(preprocess: nn.Module, problem: Problem, device: torch.device) -> Tensor:
-    """A state as the cell gets it; the first cells run at full image size."""
-    channels = next(p for p in preprocess.parameters() if p.dim() == 4).shape[1]
-    return torch.randn(problem.batch, channels, problem.image, problem.image, device=device, requires_grad=True)

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from bench import search_step, step_rows
+from bench.compiled_rows import compiled_cells, compiled_network
 from bench.row_process import RowProcess
 from bench.step_rows import PARTS, Problem, Row, Stopwatch
 from bench.sweep import draw_sweep, fit_line, sweep
+from fastnas.engine.supernet import Supernet
 from fastnas.errors import UserError
 
 CPU = torch.device("cpu")
@@ -106,12 +108,14 @@ def test_rows_for_gpus_are_refused_elsewhere() -> None:
         Row("fused_graph", TINY, CPU)
 
 
-def test_compiled_cells_come_with_their_compile_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_cells_and_networks_come_with_their_compile_time(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
-    cells = step_rows.compiled_cells(TINY, CPU, 1)
+    cells = compiled_cells(TINY, CPU, 1)
     assert list(cells) == ["normal", "reduction"] and len(compiled) == 2
-    for row in cells.values():
+    network = compiled_network(TINY, CPU, 1)
+    assert len(compiled) == 3 and isinstance(compiled[2], Supernet)
+    for row in (*cells.values(), network):
         assert set(row) == {"compiled_ms", "plain_ms", "fused_ms", "compile_s"} and min(row.values()) > 0
 
 
