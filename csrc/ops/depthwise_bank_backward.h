@@ -34,7 +34,7 @@ class Backward {
     if (dx) dx_.emplace_back(*dx);
     if (weight_grad)
       for (const Kernel& kernel : bank.kernels) {
-        correlated_.push_back(forward_taps<A>(kernel, x_padded_.pitch, 0));
+        correlated_.push_back(forward_taps(kernel, 0));
         sums_ += sums(correlated_.size() - 1);
       }
   }
@@ -94,10 +94,9 @@ class Backward {
       // Its weights are those from number `tap` on, `apart` apart.
       const auto append = [&](const Kernel& kernel, int64_t apart) {
         const BackwardLine down(kernel, stride, corner.row), right(kernel, stride, corner.column);
-        const int64_t rows = down.taps.size(), size = right.taps.size();
-        if (rows * size > 0)
-          corner.maps.push_back({buffer + down.first * g_padded_.pitch + right.first * kLanes<A>,
-                                 down.step * g_padded_.pitch, rows, size, right.step,
+        const int64_t rows = down.taps.size(), columns = right.taps.size();
+        if (rows * columns > 0)
+          corner.maps.push_back({down.first, right.first, down.step, right.step, rows, columns, buffer,
                                  static_cast<int64_t>(order.size()) * kLanes<A>});
         for (int64_t y : down.taps)
           for (int64_t x : right.taps) order.push_back(tap + (y * kernel.size + x) * apart);
@@ -147,13 +146,13 @@ class Backward {
   // Copies rows of all gradients into their buffers, and adds what they give to the weight gradients while they are in
   // the level 1 cache.
   void take_strip(A* sums, const A* x, A* g, Group group, int64_t top) const {
-    const int64_t rows = std::min(strip_rows(s_), s_.out_height - top), stride = s_.stride;
-    const Pixels<const A> in{x + top * stride * x_padded_.pitch, stride * x_padded_.pitch, stride * kLanes<A>};
+    const int64_t rows = std::min(strip_rows(s_), s_.out_height - top);
     for (size_t k = 0; k < gs_.size(); ++k) {
       A* strip = g + k * g_padded_.elements + top * g_padded_.pitch;
       pack(strip, g_padded_.pitch, gs_[k].rows(top, rows), group, false);
       if (k >= correlated_.size()) continue;
-      correlate(sums, correlated_[k], in, {strip, g_padded_.pitch, kLanes<A>}, rows, s_.out_width);
+      correlate(sums, correlated_[k], x_padded_.maps(x), s_.stride, {strip, g_padded_.pitch, kLanes<A>}, top, rows,
+                s_.out_width);
       sums += this->sums(k);
     }
   }
@@ -164,9 +163,8 @@ class Backward {
     const int64_t width = (s_.width - corner.column + stride - 1) / stride;
     if (width == 0 || height == 0) return;
     const A* open = bank_.relu ? x + corner.row * pitch + corner.column * kLanes<A> : nullptr;
-    sum_taps<A>({dx.at(corner.row, corner.column), stride * dx.row, stride * dx.column},
-                {g, g_padded_.pitch, kLanes<A>}, height, width,
-                {corner.maps, corner.gated, weights, {open, stride * pitch, stride * kLanes<A>}});
+    sum_taps<A>({dx.at(corner.row, corner.column), stride * dx.row, stride * dx.column}, g_padded_.maps(g), 1, 0,
+                height, width, {corner.maps, corner.gated, weights, {open, stride * pitch, stride * kLanes<A>}});
   }
 
   void add_max_gradients(A* dx, const A* x, const A* g, A* winners) const {

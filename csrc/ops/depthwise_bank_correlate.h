@@ -35,10 +35,10 @@ FASTNAS_INLINE inline void add_products(V (&sum)[Rows][Size], const A* x, int64_
 }
 
 // Rows x Size taps stay in registers while the pixels pass, and an input serves all taps of a row that meet in it. With
-// a dilation the gradients of a tile are that far apart, so that they share inputs too.
+// a dilation the gradients of a tile are that far apart, so that they share inputs too. x: under the first tap.
 template <class V, int Rows, int Size, int Dilation, int Stride, class A>
-FASTNAS_INLINE inline void correlate_rows(A* sums, Pixels<const A> x, int64_t tap_row, Pixels<const A> g, int64_t rows,
-                                          int64_t columns) {
+FASTNAS_INLINE inline void correlate_rows(A* sums, const Pixels<const A>& x, int64_t tap_row, const Pixels<const A>& g,
+                                          int64_t rows, int64_t columns) {
   constexpr int64_t kVector = sizeof(V) / sizeof(A);
   constexpr int kColumns = 4, kStep = Stride == 1 ? Dilation : 1;
   for (int64_t lane = 0; lane < kLanes<A>; lane += kVector) {
@@ -62,10 +62,10 @@ FASTNAS_INLINE inline void correlate_rows(A* sums, Pixels<const A> x, int64_t ta
 
 // The same for any size and dilation, tap by tap in sets of kTaps.
 template <class V, int Stride, class A>
-FASTNAS_INLINE inline void correlate_any(A* sums, const Taps& taps, Pixels<const A> x, Pixels<const A> g, int64_t rows,
-                                         int64_t columns) {
+FASTNAS_INLINE inline void correlate_any(A* sums, const Taps& taps, const Pixels<const A>& x, int64_t pitch,
+                                         const Pixels<const A>& g, int64_t rows, int64_t columns) {
   constexpr int64_t kVector = sizeof(V) / sizeof(A), kTaps = 8;
-  const int64_t count = taps.rows * taps.size;
+  const int64_t count = taps.rows * taps.columns;
   for (int64_t first = 0; first < count; first += kTaps)
     for (int64_t lane = 0; lane < kLanes<A>; lane += kVector) {
       V sum[kTaps];
@@ -73,7 +73,7 @@ FASTNAS_INLINE inline void correlate_any(A* sums, const Taps& taps, Pixels<const
       for (int64_t k = 0; k < kTaps; ++k) {
         const int64_t tap = std::min(first + k, count - 1);  // the last one again, for nothing
         sum[k] = V{};
-        p[k] = x.data + tap / taps.size * taps.row + tap % taps.size * taps.dilation * kLanes<A> + lane;
+        p[k] = x.data + tap / taps.columns * taps.down * pitch + tap % taps.columns * taps.right * kLanes<A> + lane;
       }
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < columns; ++c) {
@@ -88,42 +88,45 @@ FASTNAS_INLINE inline void correlate_any(A* sums, const Taps& taps, Pixels<const
 }
 
 template <class V, int Size, int Dilation, int Stride, class A>
-FASTNAS_INLINE inline void correlate_known(A* sums, const Taps& taps, Pixels<const A> x, Pixels<const A> g,
+FASTNAS_INLINE inline void correlate_known(A* sums, const Pixels<const A>& x, int64_t tap_row, const Pixels<const A>& g,
                                            int64_t rows, int64_t columns) {
   constexpr int kRegisters = sizeof(V) == 64 ? 32 : 16, kRows = std::min(Size, (kRegisters - 5) / Size);
   constexpr int kLeft = Size % kRows;
-  const auto from = [&](int64_t i) FASTNAS_INLINE { return Pixels<const A>{x.data + i * taps.row, x.row, x.column}; };
+  const auto from = [&](int64_t i) FASTNAS_INLINE { return Pixels<const A>{x.data + i * tap_row, x.row, x.column}; };
   int64_t i = 0;
   for (; i + kRows <= Size; i += kRows)
-    correlate_rows<V, kRows, Size, Dilation, Stride>(sums + i * Size * kLanes<A>, from(i), taps.row, g, rows, columns);
+    correlate_rows<V, kRows, Size, Dilation, Stride>(sums + i * Size * kLanes<A>, from(i), tap_row, g, rows, columns);
   if constexpr (kLeft > 0)
-    correlate_rows<V, kLeft, Size, Dilation, Stride>(sums + i * Size * kLanes<A>, from(i), taps.row, g, rows, columns);
+    correlate_rows<V, kLeft, Size, Dilation, Stride>(sums + i * Size * kLanes<A>, from(i), tap_row, g, rows, columns);
 }
 
 template <class V, int Stride, class A>
-FASTNAS_INLINE inline void correlate_chain(A* sums, const Taps& taps, Pixels<const A> x, Pixels<const A> g,
-                                           int64_t rows, int64_t columns) {
-  const int64_t kind = taps.dilation <= 2 ? 10 * taps.size + taps.dilation : 0;
-  if (kind == 31) return correlate_known<V, 3, 1, Stride>(sums, taps, x, g, rows, columns);
-  if (kind == 51) return correlate_known<V, 5, 1, Stride>(sums, taps, x, g, rows, columns);
-  if (kind == 32) return correlate_known<V, 3, 2, Stride>(sums, taps, x, g, rows, columns);
-  if (kind == 52) return correlate_known<V, 5, 2, Stride>(sums, taps, x, g, rows, columns);
-  correlate_any<V, Stride>(sums, taps, x, g, rows, columns);
+FASTNAS_INLINE inline void correlate_chain(A* sums, const Taps& taps, const Pixels<const A>& x, int64_t pitch,
+                                           const Pixels<const A>& g, int64_t rows, int64_t columns) {
+  const int64_t kind = taps.right <= 2 ? 10 * taps.columns + taps.right : 0, tap_row = taps.down * pitch;
+  if (kind == 31) return correlate_known<V, 3, 1, Stride>(sums, x, tap_row, g, rows, columns);
+  if (kind == 51) return correlate_known<V, 5, 1, Stride>(sums, x, tap_row, g, rows, columns);
+  if (kind == 32) return correlate_known<V, 3, 2, Stride>(sums, x, tap_row, g, rows, columns);
+  if (kind == 52) return correlate_known<V, 5, 2, Stride>(sums, x, tap_row, g, rows, columns);
+  correlate_any<V, Stride>(sums, taps, x, pitch, g, rows, columns);
 }
 
-// sums[tap] += the products at rows x columns pixels. `x` advances by one or two pixels a column.
+// sums[tap] += the products at rows x columns pixels of the result, the first row of which is number `first` there and
+// begins at g. A step there is one of `stride` pixels, 1 or 2, in x.
 template <class A>
-void correlate(A* sums, const Taps& taps, Pixels<const A> x, Pixels<const A> g, int64_t rows, int64_t columns) {
+void correlate(A* sums, const Taps& taps, const Maps<A>& x, int64_t stride, const Pixels<const A>& g, int64_t first,
+               int64_t rows, int64_t columns) {
   vectorised_by_width([&](auto bytes) FASTNAS_INLINE {
     using V = typename VectorOf<A, decltype(bytes)::value>::type;
     const int64_t step = std::max<int64_t>(1, kChain / columns);
     for (int64_t top = 0; top < rows; top += step) {
-      const Pixels<const A> from{x.at(top, 0) + taps.first, x.row, x.column}, gs{g.at(top, 0), g.row, g.column};
+      const A* under = x.at((first + top) * stride + taps.top, taps.left);
+      const Pixels<const A> from{under, stride * x.pitch, stride * kLanes<A>}, gs{g.at(top, 0), g.row, g.column};
       const int64_t n = std::min(step, rows - top);
-      if (x.column == kLanes<A>) {
-        correlate_chain<V, 1>(sums, taps, from, gs, n, columns);
+      if (stride == 1) {
+        correlate_chain<V, 1>(sums, taps, from, x.pitch, gs, n, columns);
       } else {
-        correlate_chain<V, 2>(sums, taps, from, gs, n, columns);
+        correlate_chain<V, 2>(sums, taps, from, x.pitch, gs, n, columns);
       }
     }
   });

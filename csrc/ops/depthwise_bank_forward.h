@@ -25,10 +25,10 @@ class Forward {
         weights_(weights, s_.channels, groups_.phases, order(bank)) {
     int64_t weight = 0;
     for (const Kernel& kernel : bank.kernels) {
-      taps_.push_back(forward_taps<A>(kernel, padded_.pitch, weight));
+      taps_.push_back(forward_taps(kernel, weight));
       weight += kernel.taps() * kLanes<A>;
     }
-    average_ = forward_taps<A>(kAverage, padded_.pitch, weight);
+    average_ = forward_taps(kAverage, weight);
   }
 
   void run() const {
@@ -81,8 +81,7 @@ class Forward {
   void convolve(const Map<T>& y, const A* x, const Taps& taps, const A* weights, A* strip, Group group, int64_t top,
                 int64_t rows) const {
     const Pixels<A> out = target(y, strip, group, top);
-    const Pixels<const A> in{x + top * s_.stride * padded_.pitch, s_.stride * padded_.pitch, s_.stride * kLanes<A>};
-    sum_taps(out, in, rows, s_.out_width, {{&taps, 1}, 1, weights, {}});
+    sum_taps(out, padded_.maps(x), s_.stride, top, rows, s_.out_width, {{&taps, 1}, 1, weights, {}});
     if (&taps == &average_) divide_by_places(out, top, rows, s_);
     finish(y, strip, group, top, rows);
   }

@@ -25,11 +25,17 @@ struct Kernel {
 // A height x width map in lanes with `halo` zero pixels around it, in elements of A.
 template <class A>
 struct Padded {
-  int64_t halo, pitch, elements;
+  int64_t height, width, halo, pitch, elements;
 
   Padded(int64_t height, int64_t width, int64_t halo)
-      : halo(halo), pitch((width + 2 * halo) * kLanes<A>), elements((height + 2 * halo) * pitch) {}
+      : height(height),
+        width(width),
+        halo(halo),
+        pitch((width + 2 * halo) * kLanes<A>),
+        elements((height + 2 * halo) * pitch) {}
   int64_t at(int64_t row, int64_t column) const { return (row + halo) * pitch + (column + halo) * kLanes<A>; }
+  // Maps of this size of which the first pixel lies at `first`.
+  Maps<A> maps(const A* first) const { return {first, pitch, height, width}; }
 };
 
 struct Sizes {
@@ -139,14 +145,9 @@ inline int64_t tap_count(const std::vector<Kernel>& kernels) {
 }
 
 // The taps of a kernel, from the input pixel under its middle; the weights begin at `weight`.
-template <class A>
-Taps forward_taps(const Kernel& kernel, int64_t pitch, int64_t weight) {
-  return {-kernel.padding() * (pitch + kLanes<A>),
-          kernel.dilation * pitch,
-          kernel.size,
-          kernel.size,
-          kernel.dilation,
-          weight};
+inline Taps forward_taps(const Kernel& kernel, int64_t weight) {
+  const int64_t first = -kernel.padding();
+  return {first, first, kernel.dilation, kernel.dilation, kernel.size, kernel.size, 0, weight};
 }
 
 // The places of a kernel's row or column through which a gradient goes back to input pixel stride * i + place, counted
