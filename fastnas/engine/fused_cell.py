@@ -43,25 +43,29 @@ class ExtraRun:
 
 @dataclass
 class SourceRun:
-    """One state at work. `x`: the channels that the candidates see, [B, H, W, C]; `weights`: those of its stages; the
-    others as source_stage_fwd returns them, None where nothing but extras leaves the state."""
+    """One state at work. `x`: the channels that the candidates see, [B, H, W, C]; `weights`: those of its stages;
+    `close`: a copy of x, where it helps; the others as source_stage_fwd returns them, None where nothing but extras
+    leaves the state."""
 
     plan: SourcePlan
     x: Tensor
     weights: Sequence[Tensor]
+    close: Tensor | None = None
     norms: Tensor | None = None
     first: Tensor | None = None
     second: Tensor | None = None
 
     def __post_init__(self) -> None:
         # Few channels out of many are read more easily when they lie close together.
-        if self.x.stride(2) != self.x.shape[3] and self.x.shape[3] < 16:
-            self.x = self.x.contiguous()
+        channels = self.x.shape[3]
+        if self.close is None and self.plan.layout.terms and channels < min(16, self.x.stride(2)):
+            self.close = self.x.contiguous()
+        if self.close is not None:
+            self.x = self.close
 
-    @property
-    def kept(self) -> tuple[Tensor | None, ...]:
-        """What the backward pass needs of it."""
-        return self.norms, self.first, self.second
+    def kept(self, lean: bool) -> tuple[Tensor | None, ...]:
+        """What the backward pass gets of it."""
+        return None if lean else self.close, self.norms, self.first, self.second
 
     def add_to_nodes(
         self, nodes: Sequence[Tensor], begun: set[int], mixture: Tensor, given: Tensor | None, eps: float, keep: bool
@@ -89,7 +93,18 @@ class SourceRun:
         of the stages' weights (without elements where not asked for)."""
         own = [gs[node] for node in self.plan.nodes]
         dx, d_terms, dw = source_stage_bwd(
-            self.plan.layout, self.x, self.weights, mixture, *self.kept, own, base, training, need_dx, need_dw
+            self.plan.layout,
+            self.x,
+            self.weights,
+            mixture,
+            self.norms,
+            self.first,
+            self.second,
+            own,
+            base,
+            training,
+            need_dx,
+            need_dw,
         )
         return dx if need_dx else base, d_terms, dw
 
@@ -245,7 +260,7 @@ class _FusedCell(torch.autograd.Function):
         flat = plan.by_source(weights[:count])
         out, sources, extras = run_cell(plan, training, lean, maps(s0), maps(s1), terms, own_betas, flat)
         result = images(out)
-        kept = [tensor for source in sources for tensor in source.kept]
+        kept = [tensor for source in sources for tensor in source.kept(lean)]
         ctx.save_for_backward(s0, s1, mixture, betas, result, *weights[:count], *kept)
         ctx.plan, ctx.training, ctx.extras, ctx.count = plan, training, extras, count
         return result
@@ -260,7 +275,7 @@ class _FusedCell(torch.autograd.Function):
         states = [maps(s0), maps(s1), *maps(result).split(channels, dim=-1)]
         flat = plan.by_source(weights)
         sources = [
-            SourceRun(source_plan, state[..., : channels // plan.k], own, *kept[3 * index : 3 * index + 3])
+            SourceRun(source_plan, state[..., : channels // plan.k], own, *kept[4 * index : 4 * index + 4])
             for index, (source_plan, state, own) in enumerate(zip(plan.sources, states, flat, strict=True))
         ]
         needs_weights = any(ctx.needs_input_grad[8:])

@@ -44,7 +44,8 @@ class _FusedNorm(torch.autograd.Function):
             need_dw,
         )
         gradients = unflatten(dw, parameters) if need_dw else [None] * len(parameters)
-        return None, None, None, None, images(dx) if need_dx else None, *gradients
+        # No view: autograd adds the gradients of a state's two readers in place.
+        return None, None, None, None, images(dx).detach() if need_dx else None, *gradients
 
 
 def fused_norm(stage: Stage, running: RunningStatistics, x: Tensor, *, stride: int, training: bool) -> Tensor:

@@ -10,46 +10,11 @@
 #include "ops/stages/channel_shuffle.h"
 #include "ops/stages/chunks.h"
 #include "ops/stages/frame.h"
+#include "ops/stages/partial_join_loops.h"
 #include "ops/stages/scratch.h"
 
 namespace fastnas {
 namespace {
-
-// The highest of the 2x2 window of each pixel of row y at stride 2, rounding up, the first one where several are equal.
-// body(pixel, channel, highest, which one as a number: 0 and 1 above, 2 and 3 below).
-template <class T, class Body>
-FASTNAS_INLINE inline void for_each_window(const Map& m, const T* image, int64_t y, const Body& body) {
-  const int64_t row = m.width * m.pixel;
-  const T* above = image + 2 * y * row;
-  const bool down = 2 * y + 1 < m.height;
-  for_each_value<T>(ceil_div(m.width, 2), m.channels, [&](int64_t x, int64_t c, auto v) FASTNAS_INLINE {
-    const T* p = above + 2 * x * m.pixel + c;
-    const bool right = 2 * x + 1 < m.width;
-    auto highest = v, which = v - v;
-    read(p, highest);
-    const auto offer = [&](int64_t at, int number) FASTNAS_INLINE {
-      read(p + at, v);
-      const auto before = highest;
-      highest = v > highest ? v : highest;
-      which = if_same(highest, before, which, decltype(v){} + static_cast<T>(number));
-    };
-    if (right) offer(m.pixel, 1);
-    if (down) offer(row, 2);
-    if (right && down) offer(row + m.pixel, 3);
-    body(x, c, highest, which);
-  });
-}
-
-// sum += beta * in, row by row
-template <class T>
-FASTNAS_INLINE inline void add_row(T* sum, const T* in, int64_t pixel, T beta, int64_t width, int64_t channels) {
-  for_each_value<T>(width, channels, [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
-    auto s = v;
-    read(in + p * pixel + c, v);
-    read(sum + p * channels + c, s);
-    write(sum + p * channels + c, s + v * beta);
-  });
-}
 
 template <class T>
 std::vector<const T*> pointers(const std::vector<Tensor>& tensors) {
@@ -60,6 +25,7 @@ std::vector<const T*> pointers(const std::vector<Tensor>& tensors) {
 
 struct Sources {
   std::vector<Map> maps;
+  std::vector<size_t> plain, pooled;  // which inputs have stride 1 and 2
 
   Sources(const char* op, const std::vector<Tensor>& xs, const std::vector<int64_t>& strides, const Map& out) {
     STD_TORCH_CHECK(xs.size() == strides.size(), op, ": every input needs a stride");
@@ -69,7 +35,13 @@ struct Sources {
       STD_TORCH_CHECK((strides[n] == 1 || strides[n] == 2) && m.batch == out.batch && m.channels == out.channels &&
                           ceil_div(m.height, strides[n]) == out.height && ceil_div(m.width, strides[n]) == out.width,
                       op, ": inputs and output differ in size");
+      (strides[n] == 1 ? plain : pooled).push_back(n);
     }
+  }
+  // Row y of image b of input n, at stride 1.
+  template <class T>
+  FASTNAS_INLINE const T* row(const std::vector<const T*>& inputs, size_t n, int64_t b, int64_t y) const {
+    return inputs[n] + (b * maps[n].height + y) * maps[n].width * maps[n].pixel;
   }
 };
 
@@ -92,26 +64,23 @@ void partial_join(Tensor out, Tensor mixed, std::vector<Tensor> xs, std::vector<
     const auto inputs = pointers<T>(xs);
     const ChannelShuffle<T> shuffle(channels, k, false);
     torch::stable::parallel_for(0, map.batch * map.height, 4, [&](int64_t begin, int64_t end) {
-      Scratch<T> sums(map.width * channels);
+      Scratch<T> sums(map.width * channels, false);
       T* sum = sums.data();
       vectorised([&]() FASTNAS_INLINE {
+        std::vector<WeightedRow<T>> rows;
         for (int64_t r = begin; r < end; ++r) {
           const int64_t b = r / map.height, y = r % map.height;
-          std::fill_n(sum, map.width * channels, T(0));
-          for (size_t n = 0; n < inputs.size(); ++n) {
-            const Map& m = sources.maps[n];
-            const T* image = inputs[n] + b * m.image();
-            if (strides[n] == 1)
-              add_row(sum, image + y * m.width * m.pixel, m.pixel, beta[n], map.width, channels);
-            else
-              for_each_window(m, image, y, [&](int64_t x, int64_t c, auto highest, auto s) FASTNAS_INLINE {
-                read(sum + x * channels + c, s);
-                write(sum + x * channels + c, s + highest * beta[n]);
-              });
-          }
+          rows.clear();
+          for (size_t n : sources.plain) rows.push_back({sources.row(inputs, n, b, y), sources.maps[n].pixel, beta[n]});
+          sum_rows(sum, rows, map.width, channels);
+          for (size_t n : sources.pooled)
+            for_each_window(sources.maps[n], inputs[n] + b * sources.maps[n].image(), y,
+                            [&](int64_t x, int64_t c, auto highest, auto s) FASTNAS_INLINE {
+                              read(sum + x * channels + c, s);
+                              write(sum + x * channels + c, s + highest * beta[n]);
+                            });
           const T* mix = mixed_data + r * map.width * mixed_map.pixel;
-          for (int64_t x = 0; x < map.width; ++x)
-            for (int64_t i = 0; i < selected; ++i) sum[x * channels + i] = mix[x * mixed_map.pixel + i];
+          copy_channels(sum, channels, mix, mixed_map.pixel, selected, map.width);
           shuffle.run(y_data + r * map.width * map.pixel, map.pixel, sum, channels, map.width);
         }
       });
@@ -136,42 +105,38 @@ std::tuple<Tensor, Tensor> partial_join_bwd(Tensor g, std::vector<Tensor> xs, st
     const ChannelShuffle<T> unshuffle(channels, k, true);
     std::vector<double> images(map.batch * count);
     for_each_chunk(map.batch, chunk_count(map.batch), [&](int64_t, int64_t begin, int64_t end) {
-      Scratch<T> row_memory(map.width * channels);
+      Scratch<T> row_memory(map.width * channels, false);
       T* row = row_memory.data();
       vectorised([&]() FASTNAS_INLINE {
-        for (int64_t b = begin; b < end; ++b)
+        std::vector<WeightedRow<T>> rows;
+        for (int64_t b = begin; b < end; ++b) {
+          std::vector<LaneSums<T>> sums(count);  // of the plain sources, then of the pooled ones
           for (int64_t y = 0; y < map.height; ++y) {
             const int64_t r = b * map.height + y;
             unshuffle.run(row, channels, g_data + r * map.width * map.pixel, map.pixel, map.width);
-            for (int64_t x = 0; x < map.width; ++x)
-              for (int64_t i = 0; i < selected; ++i) {
-                mix[(r * map.width + x) * selected + i] = row[x * channels + i];
-                row[x * channels + i] = 0;
-              }
-            for (int64_t n = 0; n < count; ++n) {
-              const Map& m = sources.maps[n];
-              const T* image = inputs[n] + b * m.image();
+            copy_channels(mix + r * map.width * selected, selected, row, channels, selected, map.width);
+            clear_channels(row, channels, selected, map.width);
+            rows.clear();
+            for (size_t n : sources.plain) rows.push_back({sources.row(inputs, n, b, y), sources.maps[n].pixel, T(1)});
+            dot_rows(sums.data(), row, rows, map.width, channels);
+            LaneSums<T>* sum = sums.data() + rows.size();
+            for (size_t n : sources.pooled) {
               Vec<T> total{};
-              T rest = 0;
-              const auto add = [&](int64_t x, int64_t c, auto v, auto d) FASTNAS_INLINE {
-                read(row + x * channels + c, d);
-                if constexpr (sizeof(v) == sizeof(T))
-                  rest += v * d;
-                else
-                  total += v * d;
-              };
-              const T* in = image + y * m.width * m.pixel;
-              if (strides[n] == 1)
-                for_each_value<T>(map.width, channels, [&](int64_t x, int64_t c, auto v) FASTNAS_INLINE {
-                  read(in + x * m.pixel + c, v);
-                  add(x, c, v, v);
-                });
-              else
-                for_each_window(m, image, y, add);
-              for (int64_t lane = 0; lane < kLanes<T>; ++lane) rest += total[lane];
-              images[b * count + n] += rest;
+              for_each_window(sources.maps[n], inputs[n] + b * sources.maps[n].image(), y,
+                              [&](int64_t x, int64_t c, auto highest, auto d) FASTNAS_INLINE {
+                                read(row + x * channels + c, d);
+                                if constexpr (sizeof(d) == sizeof(T))
+                                  sum->lanes[0] += highest * d;
+                                else
+                                  total += highest * d;
+                              });
+              sum++->add(total);
             }
           }
+          const LaneSums<T>* sum = sums.data();
+          for (size_t n : sources.plain) images[b * count + n] = sum++->sum();
+          for (size_t n : sources.pooled) images[b * count + n] = sum++->sum();
+        }
       });
     });
     T* out = static_cast<T*>(dots.data_ptr());
@@ -208,27 +173,24 @@ Tensor partial_join_dx(Tensor x, std::vector<Tensor> gs, Tensor betas, int64_t s
     const auto gradients = pointers<T>(gs);
     const ChannelShuffle<T> unshuffle(channels, k, true);
     torch::stable::parallel_for(0, map.batch * out_map.height, 4, [&](int64_t begin, int64_t end) {
-      Scratch<T> shuffled(out_map.width * channels), rows(out_map.width * channels);
-      Scratch<T> own_memory(stride == 2 ? map.width * channels : 0);
+      Scratch<T> shuffled(out_map.width * channels, false), rows(out_map.width * channels, false);
+      Scratch<T> own_memory(stride == 2 ? map.width * channels : 0);  // zero but for the selected channels
       vectorised([&]() FASTNAS_INLINE {
+        std::vector<WeightedRow<T>> weighted;
         for (int64_t r = begin; r < end; ++r) {
           const int64_t b = r / out_map.height, y = r % out_map.height;
-          T* sum = shuffled.data();
-          std::fill_n(sum, out_map.width * channels, T(0));
+          T *sum = shuffled.data(), *row = rows.data();
+          weighted.clear();
           for (size_t n = 0; n < gradients.size(); ++n)
-            add_row(sum, gradients[n] + r * out_map.width * maps[n].pixel, maps[n].pixel, beta[n], out_map.width,
-                    channels);
-          T* row = rows.data();
+            weighted.push_back({gradients[n] + r * out_map.width * maps[n].pixel, maps[n].pixel, beta[n]});
+          sum_rows(sum, weighted, out_map.width, channels);
           unshuffle.run(row, channels, sum, channels, out_map.width);
-          for (int64_t p = 0; p < out_map.width; ++p) std::fill_n(row + p * channels, selected, T(0));
+          if (stride == 2) clear_channels(row, channels, selected, out_map.width);
           // The rows of x that this one of the output comes from: the selected channels, and at stride 1 the others.
           for (int64_t in_y = y * stride; in_y < std::min(map.height, (y + 1) * stride); ++in_y) {
             const int64_t first = (b * map.height + in_y) * map.width;
             T* own = stride == 1 ? row : own_memory.data();
-            if (stride == 2) std::fill_n(own, map.width * channels, T(0));
-            const T* mix = mixed_data + first * mixed_map.pixel;
-            for (int64_t p = 0; p < map.width; ++p)
-              for (int64_t c = 0; c < selected; ++c) own[p * channels + c] = mix[p * mixed_map.pixel + c];
+            copy_channels(own, channels, mixed_data + first * mixed_map.pixel, mixed_map.pixel, selected, map.width);
             for_each_value<T>(map.width, channels, [&](int64_t p, int64_t c, auto v) FASTNAS_INLINE {
               auto more = v;
               read(own + p * channels + c, v);

@@ -111,6 +111,28 @@ def test_partial_join(k, stride, dtype):
 
 
 @native
+@pytest.mark.parametrize("channels", [16, 32, 64])
+@pytest.mark.parametrize("count", range(1, 9))
+def test_partial_join_takes_any_number_of_inputs(count, channels):
+    """They are read several at a time, and the selected channels of these widths as vectors."""
+    torch.manual_seed(0)
+    make = maker(torch.double, 0)
+    size, strides, betas = (2, 3, 5), [1, 2, *[1] * 6][:count], torch.randn(count, dtype=torch.double)
+    xs = [make(2, 3 * stride, 5 * stride, channels) for stride in strides]
+    out, mixed = make(*size, channels), make(*size, channels // 4)
+    expected = out.clone()
+    partial_join.partial_join(out, mixed, xs, strides, betas, 4)
+    partial_join._join_reference(expected, mixed, xs, strides, betas, 4)
+    close(out, expected)
+    gs = [make(*size, channels) for _ in range(count)]
+    found = partial_join.partial_join_bwd(gs[0], xs, strides, 4)
+    for value, want in zip(found, partial_join._bwd_reference(gs[0], xs, strides, 4), strict=True):
+        close(value, want)
+    given = (xs[0], gs, betas, 1, 4, mixed, None)
+    close(partial_join.partial_join_dx(*given), partial_join._dx_reference(*given))
+
+
+@native
 @pytest.mark.parametrize("offset", [0.0, 1e3, -1e6])
 def test_statistics_hold_far_from_zero_and_where_the_first_rows_are_far_from_the_others(offset):
     """An image is measured around the mean of its first eighth. Bounds: 64 roundings of sums in float32, for the
