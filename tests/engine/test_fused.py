@@ -177,6 +177,17 @@ def test_bytes_saved_for_the_backward_pass(k, executor, most):
     assert saved_bytes(supernet, alphas(), x) <= most * plain
 
 
+def test_gradients_of_a_state_with_two_readers_add_up_in_place():
+    """A third map as large as the state would cost time and memory."""
+    supernet, alphas = build(nodes=2, cells=3, executor="fused")
+    x, y = batch(size=8)
+    loss = F.cross_entropy(supernet(x, alphas()), y)
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
+        torch.autograd.grad(loss, list(supernet.parameters()))
+    added = [(event.name, event.input_shapes[0]) for event in profile.events() if event.name.startswith("aten::add")]
+    assert {name for name, shape in added if len(shape) == 4} == {"aten::add_"}
+
+
 def test_frozen_weights_and_frozen_alphas_get_no_gradient():
     supernet, alphas = build(nodes=2, cells=3, executor="fused")
     x, y = batch(size=8)
