@@ -85,4 +85,13 @@ FASTNAS_INLINE inline void stream_copy(T* out, const T* in, int64_t n) {
   });
 }
 
+// The same, or as usual where a result is not so large.
+template <Isa isa, class T>
+FASTNAS_INLINE inline void copy_out(T* out, const T* in, int64_t n, bool large) {
+  if constexpr (kStreams<T>) {
+    if (large) return stream_copy<isa>(out, in, n);
+  }
+  std::memcpy(out, in, n * sizeof(T));
+}
+
 }  // namespace fastnas

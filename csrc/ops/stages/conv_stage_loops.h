@@ -155,8 +155,8 @@ FASTNAS_INLINE inline void kernel_gradient(T* gradient, const T* g, int64_t g_ro
   }
 }
 
-// The same at stride 1 where the taps of a kernel's row are Dilation positions apart. rows_of(y): the KernelRows of row
-// y.
+// The same at stride 1 where the taps of a kernel's row are Dilation positions apart. rows_of(y): the KernelRows of
+// row y.
 template <class T, int Side, int Dilation, class RowsOf>
 FASTNAS_INLINE inline void window_gradient(T* gradient, const T* g, int64_t g_row, const T* in, int64_t in_row,
                                            const int64_t* offsets, const RowsOf& rows_of, int64_t rows,
