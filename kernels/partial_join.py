@@ -198,6 +198,8 @@ def partial_join(
 def partial_join_bwd(g: Tensor, xs: Sequence[Tensor], strides: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
     """Gradients of the mixed channels ``[B, H, W, C / K]`` and of the betas ``[N]``."""
     batch, height, width, channels = g.shape
+    if not xs:
+        return g[..., ::k].contiguous(), g.new_empty(0, dtype=accumulate_in(g.dtype)[0])
     mixed = g.new_empty(batch, height, width, channels // k)
     d_betas = g.new_empty(len(xs), dtype=accumulate_in(g.dtype)[0])
     if g.numel() == 0:

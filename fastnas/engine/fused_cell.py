@@ -180,12 +180,13 @@ class CellGradient:
         training: bool,
         needs_states: Sequence[bool],
         needs_weights: bool,
+        needs_betas: bool,
     ) -> None:
         """states, grad: maps of all states and the gradient of the cell's output; the others as in `run_cell`."""
         self.plan, self.given, self.given_mixture, self.given_betas = plan, states, mixture, betas
-        self.training, self.needs_weights = training, needs_weights
+        self.training, self.needs_weights, self.needs_betas = training, needs_weights, needs_betas
         self.mixture = torch.zeros_like(mixture)
-        self.betas = None if betas is None else torch.zeros_like(betas)
+        self.betas = torch.zeros_like(betas) if needs_betas else None
         self.weights: list[Tensor] = []
         self.extra_weights: list[Tensor | None] = []
         # By node: the gradient of what the candidates add up to. It is complete once the node's own edges are done.
@@ -245,9 +246,12 @@ class CellGradient:
             self.mixed[node] = total
             return
         edges = self.plan.edge_slices[node]
-        self.mixed[node], self.betas[edges] = partial_join_bwd(
-            total, self.given[: 2 + node], self.plan.strides[: 2 + node], self.plan.k
+        inputs = 2 + node if self.needs_betas else 0
+        self.mixed[node], d_betas = partial_join_bwd(
+            total, self.given[:inputs], self.plan.strides[:inputs], self.plan.k
         )
+        if self.needs_betas:
+            self.betas[edges] = d_betas
 
 
 class _FusedCell(torch.autograd.Function):
@@ -290,10 +294,11 @@ class _FusedCell(torch.autograd.Function):
             training=ctx.training,
             needs_states=ctx.needs_input_grad[3:5],
             needs_weights=needs_weights,
+            needs_betas=betas is not None and ctx.needs_input_grad[6],
         )
         d0, d1 = (None if state is None else images(state) for state in gradient.states[:2])
         d_mixture = gradient.mixture.to(mixture.dtype)
-        d_betas = None if betas is None else gradient.betas.to(betas.dtype)
+        d_betas = None if gradient.betas is None else gradient.betas.to(betas.dtype)
         d_weights: Sequence[Tensor | None] = [None] * ctx.count
         if needs_weights and weights:
             d_weights = unflatten(torch.cat(gradient.weights), weights)

@@ -10,12 +10,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastnas import backend
+from fastnas.engine import fused_cell
 from fastnas.engine.mixture import Alphas
 from fastnas.engine.supernet import Supernet
 from fastnas.engine.training import batch_statistics
 from fastnas.errors import UserError
 from fastnas.nn import register_candidate
 from fastnas.nn.candidates import _REGISTRY
+from fastnas.ops.stages.partial_join import partial_join_bwd
 from fastnas.spaces import DartsSpace
 
 FUSED = ("fused", "lean")
@@ -175,6 +177,22 @@ def test_bytes_saved_for_the_backward_pass(k, executor, most):
     plain = saved_bytes(supernet, alphas(), x)
     supernet.executor = executor
     assert saved_bytes(supernet, alphas(), x) <= most * plain
+
+
+def test_a_weight_step_reads_no_state_for_the_gradient_of_the_betas(monkeypatch):
+    read = []
+
+    def counting(g, xs, strides, k):
+        read.append(len(xs))
+        return partial_join_bwd(g, xs, strides, k)
+
+    monkeypatch.setattr(fused_cell, "partial_join_bwd", counting)
+    supernet, alphas = build(nodes=2, cells=3, k=4, edge_normalisation=True, executor="fused")
+    x, y = batch(size=8)
+    F.cross_entropy(supernet(x, alphas().detach()), y).backward()
+    assert read == [0] * 6
+    F.cross_entropy(supernet(x, alphas()), y).backward()
+    assert read[6:] == [3, 2] * 3
 
 
 def test_gradients_of_a_state_with_two_readers_add_up_in_place():

@@ -31,6 +31,8 @@ def test_join_and_both_gradients(device, near, shape: tuple[int, ...], k: int, s
     ours = partial_join.partial_join_bwd(g, xs, strides, k)
     for value, want in zip(ours, partial_join._bwd_reference(g.double(), doubles, strides, k), strict=True):
         near(value, want)
+    alone, none = partial_join.partial_join_bwd(g, [], [], k)
+    assert torch.equal(alone, ours[0]) and none.shape == (0,)
     gs, d_mixed = [g, draw(*size, channels)], draw(*shape[:3], channels // k, gap=4)
     for base in (None, draw(*shape, gap=7)):
         exact = (doubles[0], [g.double() for g in gs], betas.double(), stride, k, d_mixed.double())

@@ -40,7 +40,7 @@ def _bwd_reference(g: Tensor, xs: list[Tensor], strides: list[int], k: int) -> t
     selected, dtype = g.shape[-1] // k, accumulate_dtype(g.dtype)
     bypassed = g[..., selected:].to(dtype)
     dots = [(bypassed * _pooled(x[..., selected:], stride)).sum() for x, stride in zip(xs, strides, strict=True)]
-    return g[..., :selected].contiguous(), torch.stack(dots)
+    return g[..., :selected].contiguous(), torch.stack(dots) if dots else g.new_empty(0, dtype=dtype)
 
 
 def _dx_reference(
@@ -76,7 +76,9 @@ _partial_join_bwd = define(
     ),
 )
 partial_join_bwd = _backends.served("partial_join", _partial_join_bwd, _bwd_reference)
-"""Gradients of a node's mixed channels, ``[B, H, W, C/K]``, and of its betas, ``[N]``, from the node's own g."""
+"""Gradients of a node's mixed channels, ``[B, H, W, C/K]``, and of its betas, ``[N]``, from the node's own g; xs may be
+empty where the betas need none.
+"""
 
 _partial_join_dx = define(
     "partial_join_dx(Tensor x, Tensor[] gs, Tensor betas, int stride, int k, Tensor mixed, Tensor? base) -> Tensor",

@@ -128,6 +128,8 @@ def test_partial_join_takes_any_number_of_inputs(count, channels):
     found = partial_join.partial_join_bwd(gs[0], xs, strides, 4)
     for value, want in zip(found, partial_join._bwd_reference(gs[0], xs, strides, 4), strict=True):
         close(value, want)
+    alone, d_betas = partial_join.partial_join_bwd(gs[0], [], [], 4)
+    assert torch.equal(alone, found[0]) and d_betas.shape == (0,)
     given = (xs[0], gs, betas, 1, 4, mixed, None)
     close(partial_join.partial_join_dx(*given), partial_join._dx_reference(*given))
 
