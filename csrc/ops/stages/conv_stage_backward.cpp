@@ -190,22 +190,12 @@ FASTNAS_INLINE inline void branch_backward(T* kernel, T* pointwise, Bench<T>& be
                                  f.vectors, f.step);
     }
     if (!need_dx) return;
-    for (int64_t y = 0; y < f.out_height; ++y) {
-      if (f.stride == 2) {
-        scatter_row<T, taps>(bench.dx.data() + y * f.padded_row_step(), grad + y * row, part.offsets.data(),
-                             part.kernel, part.rows_at(2 * y, f.height), positions, f.vectors, f.step);
-        continue;
-      }
-      T* out = bench.dx.data() + y * f.row(f.width);
-      const T* in = bench.deep_grad.data() + y * row;
-      const KernelRows rows = part.rows_at(y, f.height);
-      if (first)
-        convolve_row<T, taps, dilation, false>(out, in, part.mirrored.data(), part.turned, rows, positions, f.vectors,
-                                               f.step);
-      else
-        convolve_row<T, taps, dilation, true>(out, in, part.mirrored.data(), part.turned, rows, positions, f.vectors,
-                                              f.step);
-    }
+    if (f.stride == 1)
+      return convolve_image<T, taps, dilation>(!first, bench.dx.data(), bench.deep_grad.data(), row, part.mirrored,
+                                               part.turned, f, part);
+    for (int64_t y = 0; y < f.out_height; ++y)
+      scatter_row<T, taps>(bench.dx.data() + y * f.padded_row_step(), grad + y * row, part.offsets.data(), part.kernel,
+                           part.rows_at(2 * y, f.height), positions, f.vectors, f.step);
   });
 }
 

@@ -105,6 +105,46 @@ FASTNAS_INLINE inline void window_row(T* out, const T* in, const int64_t* offset
   }
 }
 
+// kSquare x kSquare positions of a flat image: there taps are not whole positions apart, but what one of them reads
+// serves the kernel's other rows for the output's next rows. Rows are `out_row` and `in_row` elements apart, and of
+// those of the input that the tile needs only [begin, end) are not border. Offsets: of the taps of the kernel's first
+// row.
+constexpr int64_t kSquare = 4;
+
+template <class T, int Side>
+FASTNAS_INLINE inline void square_tile(bool add, T* out, int64_t out_row, const T* in, int64_t in_row,
+                                       const int64_t* offsets, const T* kernel, int64_t begin, int64_t end) {
+  Vec<T> sum[kSquare][kSquare];
+#pragma GCC unroll 4
+  for (int r = 0; r < kSquare; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kSquare; ++j) sum[r][j] = add ? get(out + r * out_row + j * kLanes<T>) : Vec<T>{};
+  }
+#pragma GCC unroll 1
+  for (int x = 0; x < Side; ++x) {
+    Vec<T> w[Side];
+#pragma GCC unroll 5
+    for (int y = 0; y < Side; ++y) w[y] = get(kernel + (y * Side + x) * kLanes<T>);
+    const T* p = in + offsets[x];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSquare + Side - 1; ++i) {
+      if (i < begin || i >= end) continue;
+#pragma GCC unroll 4
+      for (int j = 0; j < kSquare; ++j) {
+        const Vec<T> value = get(p + i * in_row + j * kLanes<T>);
+#pragma GCC unroll 4
+        for (int r = 0; r < kSquare; ++r)
+          if (i - r >= 0 && i - r < Side) sum[r][j] += value * w[i - r];
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kSquare; ++r) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kSquare; ++j) put(out + r * out_row + j * kLanes<T>, sum[r][j]);
+  }
+}
+
 // out[j + offsets[t]] += kernel[t] * in[j]: the gradient of a strided row's input.
 template <class T, int Taps>
 FASTNAS_INLINE inline void scatter_row(T* out, const T* in, const int64_t* offsets, const T* kernel, KernelRows rows,
