@@ -30,7 +30,7 @@ def compiled_cells(problem: Problem, device: torch.device, rounds: int) -> dict[
 def compiled_network(problem: Problem, device: torch.device, rounds: int) -> dict[str, float]:
     """The whole network under torch.compile, beside the plain and the fused one; as `compiled_cells`.
 
-    The first pass of the compiled network takes about an hour on two CPU cores.
+    Of a method whose pass runs the whole mixture. Its first compiled pass takes some 45 minutes on two CPU cores.
     """
     names = {"compiled": "plain", "plain": "plain", "fused": "fused"}
     rows = {kind: Row(name, replace(problem, step="pass"), device) for kind, name in names.items()}

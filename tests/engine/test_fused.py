@@ -195,6 +195,22 @@ def test_a_weight_step_reads_no_state_for_the_gradient_of_the_betas(monkeypatch)
     assert read[6:] == [3, 2] * 3
 
 
+@pytest.mark.parametrize(("executor", "copies"), [("fused", 0), ("lean", 9)])
+def test_the_backward_pass_copies_no_selected_channels_again(executor, copies):
+    """Of three cells with three states that candidates read; lean keeps no copy."""
+    supernet, alphas = build(nodes=2, cells=3, k=4, edge_normalisation=True, executor=executor)
+    x, y = batch(size=8)
+    loss = F.cross_entropy(supernet(x, alphas()), y)
+    with torch.profiler.profile(record_shapes=True, acc_events=True) as profile:
+        torch.autograd.grad(loss, list(supernet.parameters()))
+    found = [
+        event
+        for event in profile.events()
+        if event.name == "aten::copy_" and event.input_shapes[0][3:] in ([2], [4], [8])
+    ]
+    assert len(found) == copies
+
+
 def test_gradients_of_a_state_with_two_readers_add_up_in_place():
     """A third map as large as the state would cost time and memory."""
     supernet, alphas = build(nodes=2, cells=3, executor="fused")
