@@ -1,18 +1,12 @@
 #include "ops/stages/chunks.h"
 #include "ops/stages/conv_stage.h"
 #include "ops/stages/conv_stage_image.h"
+#include "ops/stages/copy_channels.h"
 #include "ops/stages/scratch.h"
 #include "ops/stages/statistics.h"
 
 namespace fastnas {
 namespace {
-
-template <class T>
-FASTNAS_INLINE inline void copy_pixels(T* out, int64_t out_pitch, const T* in, int64_t in_pitch, int64_t pixels,
-                                       int64_t channels) {
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t c = 0; c < channels; ++c) out[p * out_pitch + c] = in[p * in_pitch + c];
-}
 
 // The pointwise convolution of an image into z, whose pixels are out_channels apart.
 template <class T>
@@ -27,7 +21,7 @@ FASTNAS_INLINE inline void pointwise_image(T* z, int64_t out_channels, T* scratc
         T* target = z + y * f.out_width * out_channels;
         T* out = whole ? target : scratch;
         pointwise_flat<T, channels>(out, in + y * in_row, part.pointwise, positions);
-        if (!whole) copy_pixels(target, out_channels, out, f.channels, f.out_width, f.channels);
+        if (!whole) copy_channels(target, out_channels, out, f.channels, f.channels, f.out_width);
       }
     });
     return;
@@ -40,7 +34,7 @@ FASTNAS_INLINE inline void pointwise_image(T* z, int64_t out_channels, T* scratc
     const int64_t pitch = whole ? out_channels : part.out_pitch;
     pointwise(out, pitch, in + r * in_row, f.pitch, part.pointwise, part.out_pitch, f.channels,
               part.out_pitch / kLanes<T>, run.pixels);
-    if (!whole) copy_pixels(target, out_channels, out, pitch, run.pixels, part.outputs);
+    if (!whole) copy_channels(target, out_channels, out, pitch, part.outputs, run.pixels);
   }
 }
 

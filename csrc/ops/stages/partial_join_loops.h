@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/vector.h"
+#include "ops/stages/copy_channels.h"
 #include "ops/stages/map.h"
 
 // The inner loops of partial_join, on rows of pixels.
@@ -132,21 +133,7 @@ FASTNAS_INLINE inline void dot_rows(LaneSums<T>* sums, const T* with, const std:
   if (n < count) dot_some_rows<1>(sums + n, with, rows.data() + n, width, channels);
 }
 
-// The first `count` channels of each pixel of a row, from one place to another.
-template <class T>
-FASTNAS_INLINE inline void copy_channels(T* out, int64_t out_pixel, const T* in, int64_t in_pixel, int64_t count,
-                                         int64_t width) {
-  const auto copy = [&](auto known) FASTNAS_INLINE {
-    for (int64_t x = 0; x < width; ++x) std::memcpy(out + x * out_pixel, in + x * in_pixel, known * sizeof(T));
-  };
-  if (count == 4) return copy(std::integral_constant<int64_t, 4>{});
-  if (count == 8) return copy(std::integral_constant<int64_t, 8>{});
-  if (count == 16) return copy(std::integral_constant<int64_t, 16>{});
-  for (int64_t x = 0; x < width; ++x)
-    for (int64_t c = 0; c < count; ++c) out[x * out_pixel + c] = in[x * in_pixel + c];
-}
-
-// Those channels become zero.
+// The first `count` channels of each pixel of a row become zero.
 template <class T>
 FASTNAS_INLINE inline void clear_channels(T* out, int64_t pixel, int64_t count, int64_t width) {
   const auto clear = [&](auto known) FASTNAS_INLINE {
