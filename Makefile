@@ -8,7 +8,7 @@ LOCK := .venv/.build.lock
 SOURCES := setup.py $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-LIBRARY := fastnas/_C.abi3.so
+LAST_BUILD := fastnas/_build.json
 
 .PHONY: search test bench lint docs build fuzz sanitize matrix
 .DELETE_ON_ERROR:
@@ -60,6 +60,6 @@ $(INSTALLED): $(VENV)/bin/python constraints.txt pyproject.toml
 
 $(BUILT): $(INSTALLED) $(SOURCES)
 	@# The install has just compiled the library; only a source that is newer than it needs another build.
-	@if [ -n "$$(find $(SOURCES) -newer $(LIBRARY) 2>&1)" ]; then \
+	@if [ -n "$$(find $(SOURCES) -newer $(LAST_BUILD) 2>&1)" ]; then \
 		flock $(LOCK) $(BIN)/python setup.py -q build_ext --inplace; fi
 	@touch $@

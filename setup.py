@@ -70,6 +70,10 @@ def version_of(path: str) -> str:
     return done.stdout.partition("\n")[0] or path
 
 
+# One library for each instruction set, with the macro that its sources see; fastnas/_ext.py loads the best one.
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = {"baseline": None} | ({"avx2": "FASTNAS_AVX2", "avx512": "FASTNAS_AVX512"} if X86 else {})
+
 cpp_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
 cu_sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
 cxx = compiler()
@@ -86,12 +90,14 @@ facts = {
     "cuda": with_cuda,
     "cuda_reason": cuda_reason,
     "cuda_toolkit": torch.version.cuda if with_cuda else None,
+    "instruction_sets": list(INSTRUCTION_SETS) * (cxx is not None),
     "sources": cpp_sources * (cxx is not None) + cu_sources * with_cuda,
 }
 
 print("fastnas build decisions")
 print(f"  torch    {facts['torch']} (library loads in torch >= {facts['torch_target']})")
 print(f"  native   {'yes' if facts['native'] else 'no'}: {facts['native_reason']}")
+print(f"  for      {', '.join(facts['instruction_sets']) or 'none'}")
 print(f"  CUDA     {'yes' if facts['cuda'] else 'no'}: {facts['cuda_reason']}", flush=True)
 
 
@@ -107,32 +113,49 @@ class BuildPy(build_py):
 
 
 class BuildExt(cpp_extension.BuildExtension):
+    def build_extension(self, ext) -> None:
+        # The same sources make other objects for each library.
+        shared, self.build_temp = self.build_temp, str(Path(self.build_temp, ext.name))
+        super().build_extension(ext)
+        self.build_temp = shared
+
     def run(self) -> None:
         super().run()
         write_facts(ROOT / "fastnas" if self.inplace else Path(self.build_lib) / "fastnas")
 
 
-def extension():
-    if with_cuda and not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # with a GPU torch takes that one
-    defines = [("TORCH_TARGET_VERSION", TORCH_TARGET)] + ([("USE_CUDA", None)] if with_cuda else [])
-    kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+def extension(kind, name: str, sources: list[str], macros: list[tuple[str, str | None]]):
     cxx_flags = ["-O3", "-g0", "-std=c++20", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     # tests/nvcc_check.sh has the same flags.
     nvcc_flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-fopenmp-simd,-fvisibility=hidden"]
     return kind(
-        "fastnas._C",
-        facts["sources"],
+        f"fastnas._C.{name}",
+        sources,
         include_dirs=[str(ROOT / "csrc")],
         depends=sorted(str(p) for pattern in ("*.h", "*.cuh") for p in (ROOT / "csrc").rglob(pattern)),
-        define_macros=defines,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), *macros],
         extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
         py_limited_api=True,
     )
 
 
+def extensions() -> list:
+    if not facts["native"]:
+        return []
+    libraries = [
+        extension(cpp_extension.CppExtension, name, cpp_sources, [(macro, None)] if macro else [])
+        for name, macro in INSTRUCTION_SETS.items()
+    ]
+    if with_cuda:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # with a GPU torch takes that one
+        sources = ["csrc/module.cpp", *cu_sources]
+        libraries.append(extension(cpp_extension.CUDAExtension, "cuda", sources, [("USE_CUDA", None)]))
+    return libraries
+
+
 setup(
-    ext_modules=[extension()] if facts["native"] else [],
+    ext_modules=extensions(),
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if facts["native"] else {},
 )

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastnas import _ext
 from fastnas.data import Data
 from fastnas.settings import CHANGEABLE_ON_RESUME
 
@@ -65,6 +66,6 @@ def code_digest() -> str:
 
 @functools.cache
 def kernels_digest() -> str:
-    """The compiled library, or ``"none"``. Two compilers give two digests for one source."""
-    spec = importlib.util.find_spec("fastnas._C")
-    return digest([Path(spec.origin).read_bytes()]) if spec is not None and spec.origin else "none"
+    """The compiled library for this processor, or ``"none"``. Two compilers give two digests for one source."""
+    found = [importlib.util.find_spec(name).origin for name in _ext.modules()]  # type: ignore[union-attr]
+    return digest(Path(path).read_bytes() for path in found) if found else "none"

@@ -102,7 +102,7 @@ def describe_installation() -> str:
 
     problem = _ext.load()
     facts = _ext.build_facts()
-    lines += ["", f"{'fastnas._C':<12}{problem or 'loaded'}"]
+    lines += ["", f"{'fastnas._C':<12}{problem or 'loaded: ' + ', '.join(_ext.modules())}"]
     if facts:
         lines.append(f"{'  built with':<12} torch {facts['torch']}, {facts['compiler'] or 'no compiler'}")
         lines.append(f"{'  CUDA part':<12} {'yes' if facts['cuda'] else 'no'}: {facts['cuda_reason']}")

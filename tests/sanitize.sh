@@ -23,7 +23,7 @@ printf '#!/bin/sh\nexec c++ "$@" %s\n' "$flags" >"$work/c++-sanitize"
 chmod +x "$work/c++-sanitize"
 echo "sanitize: building with $flags"
 CXX=$work/c++-sanitize FASTNAS_CUDA=0 "$python" setup.py -q build_ext --inplace >build.log 2>&1 || { tail -40 build.log; exit 1; }
-grep -q __asan_report fastnas/_C.abi3.so || { echo "sanitize: the library is not instrumented"; exit 1; }
+grep -q __asan_report fastnas/_C/baseline.abi3.so || { echo "sanitize: the library is not instrumented"; exit 1; }
 
 preload="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so.6)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:halt_on_error=1:detect_odr_violation=0:allocator_may_return_null=1

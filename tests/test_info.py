@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastnas
-from fastnas import _backends, info
+from fastnas import _backends, _ext, info
 from fastnas.info import describe_installation, describe_network
 from fastnas.spaces import load_genotype
 
@@ -82,6 +82,7 @@ def test_versions_devices_and_built_parts_are_listed(capsys):
     assert facts["torch"] == torch.__version__
     assert f"{torch.get_num_threads()} threads" in facts["cpu"]
     assert {"python", "platform", "torchvision", "triton", "numpy", "fastnas._C"} <= facts.keys()
+    assert facts["fastnas._C"] == (_ext.load() or "loaded: " + ", ".join(_ext.modules()))
     if not torch.cuda.is_available():
         assert facts["cuda"].startswith("none visible")
 

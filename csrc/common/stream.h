@@ -45,23 +45,15 @@ inline void end_of_stream() {
 // Whether a line begins at p.
 template <class T>
 FASTNAS_INLINE inline bool is_line(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % sizeof(Vec<T>) == 0;
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 
-// A whole line at p, which is aligned to it.
-template <Isa isa, class T>
+// A vector at p, which is aligned to it.
+template <class T>
 FASTNAS_INLINE inline void stream(T* p, Vec<T> v) {
 #ifdef __x86_64__
-  if constexpr (isa == Isa::kAvx512) {
+  if constexpr (kIsa != Isa::kBaseline) {
     asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<Vec<T>*>(p)) : "v"(v));
-    return;
-  }
-  if constexpr (isa == Isa::kAvx2) {
-    typedef T Half __attribute__((vector_size(32), may_alias));
-    Half halves[2];
-    std::memcpy(halves, &v, sizeof v);
-    asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<Half*>(p)) : "x"(halves[0]));
-    asm("vmovntps %1, %0" : "=m"(*reinterpret_cast<Half*>(p + kLanes<T> / 2)) : "x"(halves[1]));
     return;
   }
 #endif
@@ -69,27 +61,27 @@ FASTNAS_INLINE inline void stream(T* p, Vec<T> v) {
 }
 
 // out[i] = value(i, v) for i < n, v being of the type to give: lines of out past the caches, the rest as usual.
-template <Isa isa, class T, class Value>
+template <class T, class Value>
 FASTNAS_INLINE inline void stream_each(T* out, int64_t n, const Value& value) {
   int64_t i = 0;
   for (; i < n && !is_line(out + i); ++i) out[i] = value(i, T{});
-  for (; i + kLanes<T> <= n; i += kLanes<T>) stream<isa>(out + i, value(i, Vec<T>{}));
+  for (; i + kLanes<T> <= n; i += kLanes<T>) stream(out + i, value(i, Vec<T>{}));
   for (; i < n; ++i) out[i] = value(i, T{});
 }
 
-template <Isa isa, class T>
+template <class T>
 FASTNAS_INLINE inline void stream_copy(T* out, const T* in, int64_t n) {
-  stream_each<isa>(out, n, [&](int64_t i, auto v) FASTNAS_INLINE {
+  stream_each(out, n, [&](int64_t i, auto v) FASTNAS_INLINE {
     read(in + i, v);
     return v;
   });
 }
 
 // The same, or as usual where a result is not so large.
-template <Isa isa, class T>
+template <class T>
 FASTNAS_INLINE inline void copy_out(T* out, const T* in, int64_t n, bool large) {
   if constexpr (kStreams<T>) {
-    if (large) return stream_copy<isa>(out, in, n);
+    if (large) return stream_copy(out, in, n);
   }
   std::memcpy(out, in, n * sizeof(T));
 }

@@ -6,18 +6,18 @@
 
 #include "common/simd.h"
 
-// Vectors of 64 bytes: one register of AVX-512, two of AVX2. Everything here is inlined into a copy of the kernel that
-// is compiled for the processor at hand (common/simd.h).
+// Vectors of one register. Everything here is inlined into a kernel that is compiled for an instruction set
+// (common/simd.h). GCC 12 keeps vectors that are wider than its registers in memory.
 
 namespace fastnas {
 
 template <class T>
-constexpr int64_t kLanes = 64 / static_cast<int64_t>(sizeof(T));
+constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
 
 template <class T>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(64)));
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> index __attribute__((vector_size(64)));
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> index __attribute__((vector_size(kVectorBytes)));
 };
 template <class T>
 using Vec = typename VectorOf<T>::type;
@@ -63,7 +63,7 @@ FASTNAS_INLINE inline V if_same(V x, V y, V a, V b) {
   } else {
     using T = std::remove_cvref_t<decltype(x[0])>;
     constexpr bool kSingle = sizeof(T) == 4;
-    typedef std::conditional_t<kSingle, uint32_t, uint64_t> Bits __attribute__((vector_size(64)));
+    typedef std::conditional_t<kSingle, uint32_t, uint64_t> Bits __attribute__((vector_size(kVectorBytes)));
     const Bits apart = (Bits)x ^ (Bits)y;
     const Index<T> differs = (Index<T>)(apart | -apart) >> (kSingle ? 31 : 63);
     return (V)(((Index<T>)a & ~differs) | ((Index<T>)b & differs));

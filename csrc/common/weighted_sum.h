@@ -126,16 +126,16 @@ FASTNAS_INLINE inline double scale_and_dot(A* dx, const A* g, const A* x, A w, i
 }
 
 // scale past the caches.
-template <Isa isa, class A>
+template <class A>
 FASTNAS_INLINE inline void stream_scaled(A* dx, const A* g, A w, int64_t n) {
-  stream_each<isa>(dx, n, [&](int64_t i, auto v) FASTNAS_INLINE {
+  stream_each(dx, n, [&](int64_t i, auto v) FASTNAS_INLINE {
     read(g + i, v);
     return w * v;
   });
 }
 
 // scale_and_dot with dx, aligned to a line, past the caches.
-template <Isa isa, class A>
+template <class A>
 FASTNAS_INLINE inline double stream_scaled_and_dot(A* dx, const A* g, const A* x, A w, int64_t n) {
   constexpr int kRows = 8;
   double sum[kLanes<A>] = {};
@@ -145,7 +145,7 @@ FASTNAS_INLINE inline double stream_scaled_and_dot(A* dx, const A* g, const A* x
 #pragma GCC unroll 8
     for (int64_t r = i; r < i + kRows * kLanes<A>; r += kLanes<A>) {
       const Vec<A> gr = get(g + r);
-      stream<isa>(dx + r, w * gr);
+      stream(dx + r, w * gr);
       s += gr * get(x + r);
     }
     A by_lane[kLanes<A>];
@@ -187,19 +187,19 @@ FASTNAS_INLINE inline double scale_and_dot(T* dx, const float* g, const T* x, fl
 }
 
 // dx = w * g, returns the sum of g * x; `large`: past the caches where that can be.
-template <Isa isa, class T>
+template <class T>
 FASTNAS_INLINE inline double unmix(T* dx, const acc_t<T>* g, const T* x, acc_t<T> w, int64_t n, bool large) {
   if constexpr (kStreams<T>) {
-    if (large && is_line(dx)) return stream_scaled_and_dot<isa>(dx, g, x, w, n);
+    if (large && is_line(dx)) return stream_scaled_and_dot(dx, g, x, w, n);
   }
   return scale_and_dot(dx, g, x, w, n);
 }
 
 // The same without the sum.
-template <Isa isa, class T>
+template <class T>
 FASTNAS_INLINE inline void unmix(T* dx, const acc_t<T>* g, acc_t<T> w, int64_t n, bool large) {
   if constexpr (kStreams<T>) {
-    if (large) return stream_scaled<isa>(dx, g, w, n);
+    if (large) return stream_scaled(dx, g, w, n);
   }
   scale(dx, g, w, n);
 }

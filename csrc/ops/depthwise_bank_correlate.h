@@ -90,7 +90,7 @@ FASTNAS_INLINE inline void correlate_any(A* sums, const Taps& taps, const Pixels
 template <class V, int Size, int Dilation, int Stride, class A>
 FASTNAS_INLINE inline void correlate_known(A* sums, const Pixels<const A>& x, int64_t tap_row, const Pixels<const A>& g,
                                            int64_t rows, int64_t columns) {
-  constexpr int kRegisters = sizeof(V) == 64 ? 32 : 16, kRows = std::min(Size, (kRegisters - 5) / Size);
+  constexpr int kRows = std::min(Size, (kRegisters - 5) / Size);
   constexpr int kLeft = Size % kRows;
   const auto from = [&](int64_t i) FASTNAS_INLINE { return Pixels<const A>{x.data + i * tap_row, x.row, x.column}; };
   int64_t i = 0;
@@ -116,8 +116,8 @@ FASTNAS_INLINE inline void correlate_chain(A* sums, const Taps& taps, const Pixe
 template <class A>
 void correlate(A* sums, const Taps& taps, const Maps<A>& x, int64_t stride, const Pixels<const A>& g, int64_t first,
                int64_t rows, int64_t columns) {
-  vectorised_by_width([&](auto bytes) FASTNAS_INLINE {
-    using V = typename VectorOf<A, decltype(bytes)::value>::type;
+  vectorised([&]() FASTNAS_INLINE {
+    using V = Vec<A>;
     const int64_t step = std::max<int64_t>(1, kChain / columns);
     for (int64_t top = 0; top < rows; top += step) {
       const A* under = x.at((first + top) * stride + taps.top, taps.left);

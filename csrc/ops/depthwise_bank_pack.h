@@ -52,9 +52,9 @@ struct Map {
 };
 
 // Calls band(rows, granule, lane), the first two as constants, for all lanes of a group.
-template <int Bytes, class T, class Band>
+template <class T, class Band>
 FASTNAS_INLINE inline void for_bands(const Map<T>& map, Group group, const Band& band) {
-  constexpr bool kFloat = kLanes<acc_t<std::remove_const_t<T>>> == 16, kWide = kFloat && Bytes == 64;
+  constexpr bool kFloat = kLanes<acc_t<std::remove_const_t<T>>> == 16, kWide = kFloat && kVectorBytes == 64;
   const auto constant = []<int N>() { return std::integral_constant<int, N>{}; };
   const auto one = constant.template operator()<1>();
   const auto two = constant.template operator()<2>();
@@ -194,8 +194,8 @@ void pack(acc_t<T>* to, int64_t pitch, const Map<const T>& map, Group group, boo
   using A = acc_t<T>;
   if (group.lanes < kLanes<A>)
     for (int64_t h = 0; h < map.height; ++h) std::fill_n(to + h * pitch, map.width * kLanes<A>, A(0));
-  vectorised_by_width([&](auto bytes) FASTNAS_INLINE {
-    for_bands<decltype(bytes)::value>(map, group, [&](auto rows, auto granule, int64_t lane) FASTNAS_INLINE {
+  vectorised([&]() FASTNAS_INLINE {
+    for_bands(map, group, [&](auto rows, auto granule, int64_t lane) FASTNAS_INLINE {
       if (relu) {
         pack_band<rows, granule, true>(to + lane, pitch, map, group.first + lane);
       } else {
@@ -244,8 +244,8 @@ FASTNAS_INLINE inline void unpack_band(const Map<T>& map, const acc_t<T>* from, 
 template <class T>
 void unpack(const Map<T>& map, const acc_t<T>* from, Group group, int64_t top, int64_t rows_written) {
   const int64_t first = top * map.width, pixels = rows_written * map.width;
-  vectorised_by_width([&](auto bytes) FASTNAS_INLINE {
-    for_bands<decltype(bytes)::value>(map, group, [&](auto rows, auto granule, int64_t lane) FASTNAS_INLINE {
+  vectorised([&]() FASTNAS_INLINE {
+    for_bands(map, group, [&](auto rows, auto granule, int64_t lane) FASTNAS_INLINE {
       unpack_band<rows, granule>(map, from + lane, group.first + lane, first, pixels);
     });
   });

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "common/dtype.h"
-#include "common/simd.h"
+#include "common/vector.h"
 
 // The arithmetic of depthwise_bank. Maps lie "in lanes": pixel by pixel, and at each pixel one value of each of
 // kLanes planes (images times channels). A tap of any kernel is then one multiply-add of whole aligned vectors, at
@@ -15,15 +15,9 @@
 
 namespace fastnas::bank {
 
-// Values at one pixel: one cache line, and one vector of AVX-512.
+// Values at one pixel: one cache line, which is one vector of AVX-512 and some of the others.
 template <class A>
 constexpr int64_t kLanes = 64 / sizeof(A);
-
-// Vectors have the width of the processor and hold all or some of the lanes.
-template <class A, int Bytes>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(Bytes)));
-};
 
 // Vectors in memory need not be aligned, which only a copy can say: template arguments lose such attributes.
 template <class V, class A>
@@ -36,17 +30,6 @@ FASTNAS_INLINE inline V get(const A* p) {
 template <class V, class A>
 FASTNAS_INLINE inline void put(A* p, V v) {
   std::memcpy(p, &v, sizeof v);
-}
-
-// Runs body(std::integral_constant<int, bytes of a vector>), compiled for this processor.
-template <class Body>
-inline void vectorised_by_width(const Body& body) {
-  const auto run = [&](auto bytes) { return [&body, bytes]() FASTNAS_INLINE { body(bytes); }; };
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (isa() == Isa::kAvx512) return run_avx512(run(std::integral_constant<int, 64>{}));
-  if (isa() == Isa::kAvx2) return run_avx2(run(std::integral_constant<int, 32>{}));
-#endif
-  run(std::integral_constant<int, 16>{})();
 }
 
 // Keeps the compiler from turning offsets from p, which instructions hold for nothing, into pointers of their own.
@@ -212,7 +195,7 @@ FASTNAS_INLINE inline void sum_in_best_tiles(const Pixels<A>& out, const Maps<A>
   constexpr std::integral_constant<int, 4> four;
   constexpr std::integral_constant<int, 8> eight;
   constexpr std::integral_constant<int, 16> sixteen;
-  if constexpr (sizeof(V) == 64) {  // 32 registers
+  if constexpr (kRegisters == 32) {
     if (columns >= 16) return tiles(one, sixteen);
     if (columns >= 8 && rows >= 2) return tiles(two, eight);
     if (columns >= 4 && rows >= 4) return tiles(four, four);
@@ -229,8 +212,8 @@ FASTNAS_INLINE inline void sum_in_best_tiles(const Pixels<A>& out, const Maps<A>
 template <class A>
 void sum_taps(const Pixels<A>& out, const Maps<A>& in, int64_t stride, int64_t first, int64_t rows, int64_t columns,
               const Sum<A>& of) {
-  vectorised_by_width([&](auto bytes) FASTNAS_INLINE {
-    using V = typename VectorOf<A, decltype(bytes)::value>::type;
+  vectorised([&]() FASTNAS_INLINE {
+    using V = Vec<A>;
     if (stride == 1) return sum_in_best_tiles<V, 1>(out, in, first, rows, columns, of);
     sum_in_best_tiles<V, 2>(out, in, first, rows, columns, of);
   });

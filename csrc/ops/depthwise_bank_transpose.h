@@ -15,7 +15,11 @@ FASTNAS_INLINE inline A activate(A v) {
 }
 
 template <int Width>
-using Row = typename VectorOf<float, 4 * Width>::type;
+struct RowOf {
+  typedef float type __attribute__((vector_size(4 * Width)));
+};
+template <int Width>
+using Row = typename RowOf<Width>::type;
 
 // Two rows exchange the off-diagonal of each 2 x 2 block of pieces of `Piece` values.
 template <int Piece, int Width, int... I>

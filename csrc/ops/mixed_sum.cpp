@@ -59,12 +59,11 @@ std::tuple<std::vector<Tensor>, Tensor> mixed_sum_bwd(Tensor g, std::vector<Tens
     for_each_block(rows, 2 * paths + 1, [&] {
       return [&](const Block& block) {
         double* dot = dots.data() + block.index * paths;
-        vectorised([&](auto isa) FASTNAS_INLINE {
+        vectorised([&]() FASTNAS_INLINE {
           acc_t<T> scratch[kBlock];
           const acc_t<T>* gs = widened<T>(cursor.at(0, block), block.n, scratch);
           for (int64_t k = 0; k < paths; ++k)
-            dot[k] =
-                unmix<isa>(cursor.at(1 + paths + k, block), gs, cursor.at(1 + k, block), weights[k], block.n, large);
+            dot[k] = unmix(cursor.at(1 + paths + k, block), gs, cursor.at(1 + k, block), weights[k], block.n, large);
         });
       };
     });
@@ -94,10 +93,10 @@ std::vector<Tensor> mixed_sum_bwd_xs(Tensor g, Tensor w) {
     const Cursor<T> cursor(rows);
     for_each_block(rows, paths + 1, [&] {
       return [&](const Block& block) {
-        vectorised([&](auto isa) FASTNAS_INLINE {
+        vectorised([&]() FASTNAS_INLINE {
           acc_t<T> scratch[kBlock];
           const acc_t<T>* gs = widened<T>(cursor.at(0, block), block.n, scratch);
-          for (int64_t k = 0; k < paths; ++k) unmix<isa>(cursor.at(1 + k, block), gs, weights[k], block.n, large);
+          for (int64_t k = 0; k < paths; ++k) unmix(cursor.at(1 + k, block), gs, weights[k], block.n, large);
         });
       };
     });

@@ -322,11 +322,11 @@ Gradients backward(const Backward& ask, const Tensor& g, const std::vector<Tenso
             const auto gs = maps.read(0, b);
             const auto out = maps.write(written + k, b);
             const auto y = maps.read(normalised ? 1 + k : 0, b);
-            vectorised([&](auto isa) FASTNAS_INLINE {
+            vectorised([&]() FASTNAS_INLINE {
               if (normalised)
-                norm::norm_grad<isa>(out, gs, y, c, b.rows, b.lanes, large);
+                norm::norm_grad(out, gs, y, c, b.rows, b.lanes, large);
               else
-                norm::scaled<isa>(out, gs, c.p, b.rows, b.lanes, large);
+                norm::scaled(out, gs, c.p, b.rows, b.lanes, large);
             });
           });
         }

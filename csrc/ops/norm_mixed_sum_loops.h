@@ -180,7 +180,7 @@ struct Gradient {
 };
 
 // `large`: past the caches where that can be.
-template <Isa isa, class T, class Coefficient>
+template <class T, class Coefficient>
 FASTNAS_INLINE inline void norm_grad(Rows<T> dy, Rows<const T> g, Rows<const T> y, Gradient<Coefficient> c,
                                      int64_t rows, int64_t lanes, bool large) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -188,7 +188,7 @@ FASTNAS_INLINE inline void norm_grad(Rows<T> dy, Rows<const T> g, Rows<const T> 
     const T *gs = g[r], *ys = y[r];
     if constexpr (kStreams<T>) {
       if (large) {
-        stream_each<isa>(out, lanes, [&](int64_t i, auto gi) FASTNAS_INLINE {
+        stream_each(out, lanes, [&](int64_t i, auto gi) FASTNAS_INLINE {
           auto yi = gi;
           read(gs + i, gi);
           read(ys + i, yi);
@@ -204,14 +204,14 @@ FASTNAS_INLINE inline void norm_grad(Rows<T> dy, Rows<const T> g, Rows<const T> 
 }
 
 // dx = P g, in the same way.
-template <Isa isa, class T, class Coefficient>
+template <class T, class Coefficient>
 FASTNAS_INLINE inline void scaled(Rows<T> dx, Rows<const T> g, Coefficient p, int64_t rows, int64_t lanes, bool large) {
   for (int64_t r = 0; r < rows; ++r) {
     T* out = dx[r];
     const T* gs = g[r];
     if constexpr (kStreams<T>) {
       if (large) {
-        stream_each<isa>(out, lanes, [&](int64_t i, auto gi) FASTNAS_INLINE {
+        stream_each(out, lanes, [&](int64_t i, auto gi) FASTNAS_INLINE {
           read(gs + i, gi);
           return p.at(i, gi) * gi;
         });

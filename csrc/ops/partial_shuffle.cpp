@@ -28,9 +28,7 @@ void run(const Job& job, int64_t streams) {
   const Sizes& s = job.s;
   const int64_t grain = std::max<int64_t>(1, kElementsAThread / std::max<int64_t>(1, s.run * s.piece() * streams));
   torch::stable::parallel_for(0, s.batch * s.runs(), grain, [&](int64_t begin, int64_t end) {
-    vectorised([&](auto isa) FASTNAS_INLINE {
-      s.channels_last ? job.template pixels<isa>(begin, end) : job.template planes<isa>(begin, end);
-    });
+    vectorised([&]() FASTNAS_INLINE { s.channels_last ? job.pixels(begin, end) : job.planes(begin, end); });
     end_of_stream();
   });
 }

@@ -26,7 +26,6 @@ struct Backward {
   bool bypass_grad;
   double* dots;  // [batch, mixed runs, paths]
 
-  template <Isa isa>
   FASTNAS_INLINE void unmix_run(double* dot, const T* gp, int64_t b, int64_t c, int64_t h, int64_t total) const {
     acc_t<T> scratch[kBlock];
     for (int64_t start = 0; start < total; start += kBlock) {
@@ -35,38 +34,35 @@ struct Backward {
       for (size_t k = 0; k < dmixed.size(); ++k) {
         T* dx = dmixed[k].at(b, c, h) + start;
         if (mixed.empty()) {
-          unmix<isa>(dx, wide, w[k], n, s.large);
+          unmix(dx, wide, w[k], n, s.large);
         } else {
-          dot[k] += unmix<isa>(dx, wide, mixed[k].at(b, c, h) + start, w[k], n, s.large);
+          dot[k] += unmix(dx, wide, mixed[k].at(b, c, h) + start, w[k], n, s.large);
         }
       }
     }
   }
 
-  template <Isa isa>
   FASTNAS_INLINE void planes(int64_t begin, int64_t end) const {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / s.runs(), run = unit % s.runs() - s.mixed_runs();
       if (run < 0) {
         const int64_t j = run + s.mixed_runs();
-        mixed_run<isa>(dots + (b * s.mixed_runs() + j) * dmixed.size(), b, j * s.run);
+        mixed_run(dots + (b * s.mixed_runs() + j) * dmixed.size(), b, j * s.run);
       } else if (bypass_grad) {
-        for (int64_t c = run * s.run; c < std::min((run + 1) * s.run, s.bypass); ++c) bypass_plane<isa>(b, c);
+        for (int64_t c = run * s.run; c < std::min((run + 1) * s.run, s.bypass); ++c) bypass_plane(b, c);
       }
     }
   }
 
-  template <Isa isa>
   FASTNAS_INLINE void mixed_run(double* dot, int64_t b, int64_t c) const {
     const int64_t count = std::min(s.run, s.mixed - c), plane = s.plane();
-    if (count == 1) return unmix_run<isa>(dot, g.at(b, from.mixed[c]), b, c, 0, plane);
+    if (count == 1) return unmix_run(dot, g.at(b, from.mixed[c]), b, c, 0, plane);
     T gathered[kBlock];
     for (int64_t j = 0; j < count; ++j)
       std::memcpy(gathered + j * plane, g.at(b, from.mixed[c + j]), plane * sizeof(T));
-    unmix_run<isa>(dot, gathered, b, c, 0, count * plane);
+    unmix_run(dot, gathered, b, c, 0, count * plane);
   }
 
-  template <Isa isa>
   FASTNAS_INLINE void bypass_plane(int64_t b, int64_t c) const {
     const int64_t plane = s.bypass_height * s.bypass_width;
     T* dx = dbypass.at(b, c);
@@ -76,7 +72,7 @@ struct Backward {
       for (int64_t h = 0; h < s.height; ++h)
         unpool_rows(dx + 2 * h * s.bypass_width, g.at(b, from.bypass[c]) + h * s.width, b, c, 2 * h);
     } else {
-      copy_out<isa>(dx, g.at(b, from.bypass[c]), plane, s.large);
+      copy_out(dx, g.at(b, from.bypass[c]), plane, s.large);
     }
   }
 
@@ -92,7 +88,6 @@ struct Backward {
     }
   }
 
-  template <Isa isa>
   FASTNAS_INLINE void pixels(int64_t begin, int64_t end) const {
     const bool straight = !s.pool && bypass_grad, by_row = straight && s.large;
     std::vector<T> g_mixed(s.run * s.piece()), g_pooled(s.bypass), outside(s.bypass), ignored(s.bypass);
@@ -109,9 +104,9 @@ struct Backward {
             unpool_pixel(Window<T>(dbypass, s, b, h, i, ignored.data()).pixel,
                          Window<T>(bypass, s, b, h, i, outside.data()).pixel, to, s.bypass);
         }
-        if (by_row) copy_out<isa>(dbypass.at(b, 0, h), to, s.width * s.bypass, true);
+        if (by_row) copy_out(dbypass.at(b, 0, h), to, s.width * s.bypass, true);
       }
-      unmix_run<isa>(dots + unit * dmixed.size(), g_mixed.data(), b, 0, top, (bottom - top) * s.piece());
+      unmix_run(dots + unit * dmixed.size(), g_mixed.data(), b, 0, top, (bottom - top) * s.piece());
     }
   }
 

@@ -29,34 +29,31 @@ struct Forward {
     }
   }
 
-  template <Isa isa>
   FASTNAS_INLINE void planes(int64_t begin, int64_t end) const {
     std::vector<const T*> x(mixed.size());
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / s.runs(), run = unit % s.runs() - s.mixed_runs();
       if (run < 0) {
-        mixed_run<isa>(x.data(), b, (run + s.mixed_runs()) * s.run);
+        mixed_run(x.data(), b, (run + s.mixed_runs()) * s.run);
       } else {
         for (int64_t c = run * s.run; c < std::min((run + 1) * s.run, s.bypass); ++c)
-          if (to.bypass[c] >= 0) bypass_plane<isa>(b, c);
+          if (to.bypass[c] >= 0) bypass_plane(b, c);
       }
     }
   }
 
-  template <Isa isa>
   FASTNAS_INLINE void mixed_run(const T** x, int64_t b, int64_t c) const {
     const int64_t count = std::min(s.run, s.mixed - c), plane = s.plane();
     if (count == 1) return mix(y.at(b, to.mixed[c]), x, b, c, 0, plane);
     T mixture[kBlock];
     mix(mixture, x, b, c, 0, count * plane);
-    for (int64_t j = 0; j < count; ++j) copy_out<isa>(y.at(b, to.mixed[c + j]), mixture + j * plane, plane, s.large);
+    for (int64_t j = 0; j < count; ++j) copy_out(y.at(b, to.mixed[c + j]), mixture + j * plane, plane, s.large);
   }
 
-  template <Isa isa>
   FASTNAS_INLINE void bypass_plane(int64_t b, int64_t c) const {
     T* out = y.at(b, to.bypass[c]);
     if (!s.pool && bypass.w == 1 && bypass.h == s.width) {
-      copy_out<isa>(out, bypass.at(b, c), s.plane(), s.large);
+      copy_out(out, bypass.at(b, c), s.plane(), s.large);
     } else {
       for (int64_t h = 0; h < s.height; ++h) bypass_row(out + h * s.width, b, c, h);
     }
@@ -78,7 +75,6 @@ struct Forward {
     }
   }
 
-  template <Isa isa>
   FASTNAS_INLINE void pixels(int64_t begin, int64_t end) const {
     const int64_t channels = y.w;
     std::vector<const T*> x(mixed.size());
@@ -99,7 +95,7 @@ struct Forward {
           }
           spread_pixel(out + i * channels, m, in);
         }
-        if (s.large) copy_out<isa>(y.at(b, 0, h), out, s.width * channels, true);
+        if (s.large) copy_out(y.at(b, 0, h), out, s.width * channels, true);
       }
     }
   }

@@ -59,10 +59,10 @@ struct Output {
   Tensor finish() { return batch_outermost(result) ? result : torch::stable::copy_(result, written); }
 };
 
-template <Isa isa, class T>
+template <class T>
 FASTNAS_INLINE inline void clear(T* out, int64_t n, bool large) {
   if constexpr (kStreams<T>) {
-    if (large) return stream_each<isa>(out, n, [](int64_t, auto zero) FASTNAS_INLINE { return zero; });
+    if (large) return stream_each(out, n, [](int64_t, auto zero) FASTNAS_INLINE { return zero; });
   }
   std::memset(out, 0, n * sizeof(T));
 }
@@ -113,14 +113,14 @@ std::vector<Tensor> path_dropout_bwd(Tensor g, Tensor mask) {
     for_each_block(rows, paths + 1, [&] {
       return [&](const Block& block) {
         const acc_t<T>* weight = keep.of_row(block.row, rows.rows);
-        vectorised([&](auto isa) FASTNAS_INLINE {
+        vectorised([&]() FASTNAS_INLINE {
           acc_t<T> scratch[kBlock];
           const acc_t<T>* gs = widened<T>(cursor.at(0, block), block.n, scratch);
           for (int64_t k = 0; k < paths; ++k) {
             if (weight[k] == 0) {
-              clear<isa>(cursor.at(1 + k, block), block.n, large);
+              clear(cursor.at(1 + k, block), block.n, large);
             } else {
-              unmix<isa>(cursor.at(1 + k, block), gs, weight[k], block.n, large);
+              unmix(cursor.at(1 + k, block), gs, weight[k], block.n, large);
             }
           }
         });

@@ -40,10 +40,11 @@ class ChannelShuffle {
  private:
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-  // AVX-512 has one instruction for any permutation of two vectors; without it numbers are moved one by one.
+  // AVX-512 has one instruction for any permutation of two vectors, AVX2 a few; without them numbers are moved one by
+  // one.
   static bool permutes_vectors() {
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
-    return isa() == Isa::kAvx512;
+    return kIsa != Isa::kBaseline;
 #else
     return false;
 #endif

@@ -64,7 +64,7 @@ FASTNAS_INLINE inline void convolve_flat(bool add, T* out, const T* in, int64_t 
                                          const Part<T>& part) {
   constexpr int64_t side = side_of(Taps);
   const int64_t positions = f.positions(f.width), row = f.row(f.width), apart = part.spacing;
-  const int64_t columns = positions / kSquare * kSquare;
+  const int64_t columns = positions / kAcross * kAcross;
   for (int64_t y = 0; y < f.height; ++y) {
     // Row number r of `count` that are as far apart as the kernel's.
     const int64_t r = y / apart, count = ceil_div(f.height - y % apart, apart), left = count - r;
@@ -72,7 +72,7 @@ FASTNAS_INLINE inline void convolve_flat(bool add, T* out, const T* in, int64_t 
     const T* from = in + y * in_row;
     const bool squares = r < count / kSquare * kSquare;
     if (squares && r % kSquare == 0)
-      for (int64_t j = 0; j < columns * f.step; j += kSquare * f.step)
+      for (int64_t j = 0; j < columns * f.step; j += kAcross * f.step)
         square_tile<T, side>(add, to + j, apart * row, from + j, apart * in_row, offsets.data(), kernel,
                              std::max<int64_t>(0, side / 2 - r), left + side / 2);
     const int64_t done = squares ? columns : 0;

@@ -105,20 +105,20 @@ FASTNAS_INLINE inline void window_row(T* out, const T* in, const int64_t* offset
   }
 }
 
-// kSquare x kSquare positions of a flat image: there taps are not whole positions apart, but what one of them reads
-// serves the kernel's other rows for the output's next rows. Rows are `out_row` and `in_row` elements apart, and of
-// those of the input that the tile needs only [begin, end) are not border. Offsets: of the taps of the kernel's first
-// row.
-constexpr int64_t kSquare = 4;
+// kSquare rows of kAcross positions of a flat image: there taps are not whole positions apart, but what one of them
+// reads serves the kernel's other rows for the output's next rows. Rows are `out_row` and `in_row` elements apart, and
+// of those of the input that the tile needs only [begin, end) are not border. Offsets: of the taps of the kernel's
+// first row.
+constexpr int64_t kSquare = 4, kAcross = kRegisters / 8;
 
 template <class T, int Side>
 FASTNAS_INLINE inline void square_tile(bool add, T* out, int64_t out_row, const T* in, int64_t in_row,
                                        const int64_t* offsets, const T* kernel, int64_t begin, int64_t end) {
-  Vec<T> sum[kSquare][kSquare];
+  Vec<T> sum[kSquare][kAcross];
 #pragma GCC unroll 4
   for (int r = 0; r < kSquare; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kSquare; ++j) sum[r][j] = add ? get(out + r * out_row + j * kLanes<T>) : Vec<T>{};
+    for (int j = 0; j < kAcross; ++j) sum[r][j] = add ? get(out + r * out_row + j * kLanes<T>) : Vec<T>{};
   }
 #pragma GCC unroll 1
   for (int x = 0; x < Side; ++x) {
@@ -130,7 +130,7 @@ FASTNAS_INLINE inline void square_tile(bool add, T* out, int64_t out_row, const 
     for (int i = 0; i < kSquare + Side - 1; ++i) {
       if (i < begin || i >= end) continue;
 #pragma GCC unroll 4
-      for (int j = 0; j < kSquare; ++j) {
+      for (int j = 0; j < kAcross; ++j) {
         const Vec<T> value = get(p + i * in_row + j * kLanes<T>);
 #pragma GCC unroll 4
         for (int r = 0; r < kSquare; ++r)
@@ -141,7 +141,7 @@ FASTNAS_INLINE inline void square_tile(bool add, T* out, int64_t out_row, const 
 #pragma GCC unroll 4
   for (int r = 0; r < kSquare; ++r) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kSquare; ++j) put(out + r * out_row + j * kLanes<T>, sum[r][j]);
+    for (int j = 0; j < kAcross; ++j) put(out + r * out_row + j * kLanes<T>, sum[r][j]);
   }
 }
 
@@ -283,12 +283,12 @@ template <class T>
 FASTNAS_INLINE inline void pointwise(T* out, int64_t out_pitch, const T* in, int64_t in_pitch, const T* weights,
                                      int64_t weight_pitch, int64_t inputs, int64_t vectors, int64_t pixels) {
   int64_t v = 0;
-  for (; v + 4 <= vectors; v += 4)
+  for (; kRegisters == 32 && v + 4 <= vectors; v += 4)
     pointwise_block<T, 4, 4>(out + v * kLanes<T>, out_pitch, in, in_pitch, weights + v * kLanes<T>, weight_pitch,
                              inputs, pixels);
   for (; v + 2 <= vectors; v += 2)
-    pointwise_block<T, 8, 2>(out + v * kLanes<T>, out_pitch, in, in_pitch, weights + v * kLanes<T>, weight_pitch,
-                             inputs, pixels);
+    pointwise_block<T, kRegisters / 4, 2>(out + v * kLanes<T>, out_pitch, in, in_pitch, weights + v * kLanes<T>,
+                                          weight_pitch, inputs, pixels);
   for (; v < vectors; ++v)
     pointwise_block<T, 8, 1>(out + v * kLanes<T>, out_pitch, in, in_pitch, weights + v * kLanes<T>, weight_pitch,
                              inputs, pixels);
@@ -336,12 +336,14 @@ template <class T>
 FASTNAS_INLINE inline void outer(T* gradient, int64_t pitch, const T* g, int64_t g_pitch, const T* in, int64_t in_pitch,
                                  int64_t outputs, int64_t vectors, int64_t pixels) {
   int64_t v = 0;
-  for (; v + 4 <= vectors; v += 4)
+  for (; kRegisters == 32 && v + 4 <= vectors; v += 4)
     outer_block<T, 4, 4>(gradient + v * kLanes<T>, pitch, g, g_pitch, in + v * kLanes<T>, in_pitch, outputs, pixels);
   for (; v + 2 <= vectors; v += 2)
-    outer_block<T, 8, 2>(gradient + v * kLanes<T>, pitch, g, g_pitch, in + v * kLanes<T>, in_pitch, outputs, pixels);
+    outer_block<T, kRegisters / 4, 2>(gradient + v * kLanes<T>, pitch, g, g_pitch, in + v * kLanes<T>, in_pitch,
+                                      outputs, pixels);
   for (; v < vectors; ++v)
-    outer_block<T, 16, 1>(gradient + v * kLanes<T>, pitch, g, g_pitch, in + v * kLanes<T>, in_pitch, outputs, pixels);
+    outer_block<T, kRegisters / 2, 1>(gradient + v * kLanes<T>, pitch, g, g_pitch, in + v * kLanes<T>, in_pitch,
+                                      outputs, pixels);
 }
 
 // In a flat row a vector holds several pixels; this picks channel c of each pixel for all its lanes.

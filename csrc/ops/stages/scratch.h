@@ -50,11 +50,11 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count, bool zeroed = true) {
-    const int64_t size = count + (kSlack + 1) * kLanes<T>;
-    block_ = ScratchBlocks::take(size * sizeof(T));
+    const int64_t size = count + kSlack * kLanes<T>;
+    block_ = ScratchBlocks::take(size * sizeof(T) + kLine);
     const auto address = reinterpret_cast<uintptr_t>(block_.memory.get());
-    data_ = reinterpret_cast<T*>(address + (64 - address % 64) % 64);
-    if (zeroed) std::fill_n(data_, size - kLanes<T>, T(0));
+    data_ = reinterpret_cast<T*>(address + (kLine - address % kLine) % kLine);
+    if (zeroed) std::fill_n(data_, size, T(0));
   }
   Scratch(Scratch&&) = default;
   ~Scratch() {
@@ -64,6 +64,7 @@ class Scratch {
 
  private:
   static constexpr int64_t kSlack = 16;  // vectors
+  static constexpr uintptr_t kLine = 64;
   ScratchBlocks::Block block_;
   T* data_;
 };

@@ -1,0 +1,1 @@
+"""The compiled library, once for each instruction set: ``fastnas/_ext.py`` loads the one for the processor."""
