@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The C++ ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with 1, 2 and 8 threads.
+# The C++ ops' tests under AddressSanitizer and UndefinedBehaviorSanitizer, with 1, 2 and 8 threads, and with the
+# libraries for the instruction sets below the processor's best one.
 # Usage: tests/sanitize.sh [PYTHON [PYTEST ARGUMENTS]]; without arguments the tests of ops, stages and fused executor.
 #
 # The sources are copied and built in a folder of their own, so that the library in the tree stays as it is. Leaks are
@@ -33,7 +34,11 @@ export OMP_WAIT_POLICY=passive  # threads that wait by spinning starve each othe
 if [ $# -eq 0 ]; then
   set -- tests/ops tests/engine/test_fused*.py -k "not compile and not opcheck and not gradgradcheck"
 fi
-for count in $threads; do
-  echo "sanitize: $count threads"
-  LD_PRELOAD=$preload OMP_NUM_THREADS=$count "$python" -m pytest -q -x -p no:cacheprovider "$@"
-done
+check() {  # threads, instruction set as PyTorch names it, pytest arguments
+  echo "sanitize: $1 threads, $2"
+  LD_PRELOAD=$preload OMP_NUM_THREADS=$1 ATEN_CPU_CAPABILITY=$2 "$python" -m pytest -q -x -p no:cacheprovider "${@:3}"
+}
+best=$("$python" -c 'import torch; print(torch.backends.cpu.get_cpu_capability().lower())')
+for count in $threads; do check "$count" "$best" "$@"; done
+case $best in avx512) check 2 avx2 "$@" ;; esac
+case $best in avx512 | avx2) check 2 default "$@" ;; esac
