@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastnas.engine.running import follow
+from fastnas.engine.stems import CifarStem, ImageNetStem
 from fastnas.nn import DilConv, FactorizedReduce, ReLUConvBN, SepConv
 from fastnas.ops.stages.conv_stage import conv_stage_bwd, conv_stage_fwd, unflatten
 from fastnas.ops.stages.maps import images, maps
@@ -47,7 +49,7 @@ class _Stage:
             first += pointwise.out_channels
         norm = self.norm
         y, statistics = _ConvNorm.apply(described, self.stride, norm.eps, x, norm.weight, norm.bias, *weights)
-        _follow(norm, statistics, y.numel() // y.shape[1])
+        follow(norm, *statistics[0], y.numel() // y.shape[1])
         return y
 
 
@@ -84,15 +86,6 @@ class _ConvNorm(torch.autograd.Function):
         return None, None, None, images(dx[0]) if needs_dx else None, norms[0, 1] * dots[0, 1], dots[0, 0], *gradients
 
 
-@torch.no_grad()
-def _follow(norm: nn.BatchNorm2d, statistics: Tensor, count: int) -> None:
-    """Keep the running statistics as BatchNorm2d does; statistics [1, 2, C]: mean and biased variance of `count`."""
-    mean, variance = statistics[0]
-    norm.num_batches_tracked += 1
-    norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(variance * (count / max(1, count - 1)), norm.momentum)
-
-
 def _stages(module: nn.Module) -> list[_Stage]:
     """What a module is as stages, one after the other; none for a module that is nothing of the kind."""
     if isinstance(module, FactorizedReduce):
@@ -107,7 +100,7 @@ def _stages(module: nn.Module) -> list[_Stage]:
 
 
 def fuse_convolutions(network: nn.Module) -> None:
-    """From now on the separable, dilated and 1x1 convolutions of a derived network are trained fused.
+    """From now on the separable, dilated and 1x1 convolutions of a derived network are trained fused, its stem exactly.
 
     Parameters, buffers, names and results stay. Evaluation, other dtypes than float32 and float64, and autocast go on
     as before. Gradients can be taken once, not of gradients.
@@ -115,6 +108,8 @@ def fuse_convolutions(network: nn.Module) -> None:
     for module in network.modules():
         if stages := _stages(module):
             module.forward = partial(_forward, module, stages)
+        elif isinstance(module, CifarStem | ImageNetStem):
+            module.forward = partial(type(module).forward, module, exact=True)
 
 
 def _forward(module: nn.Module, stages: list[_Stage], x: Tensor) -> Tensor:

@@ -63,3 +63,14 @@ class RunningStatistics:
     def _rates(self, tracked: Tensor) -> Tensor:
         """Those that make the plain mean of all batches, [n, 1, 1]."""
         return (1 / tracked.to(self._table.dtype))[:, None, None]
+
+
+@torch.no_grad()
+def follow(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Let one module's running statistics follow the mean and biased variance [C] of `count` values."""
+    if not norm.track_running_stats:
+        return
+    norm.num_batches_tracked += 1
+    rate = (1 / norm.num_batches_tracked).to(mean.dtype) if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean, rate)
+    norm.running_var.lerp_(variance * (count / max(1, count - 1)), rate)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastnas.engine.exact_norm import exact_norm
+
 STEMS = ("cifar", "imagenet")
 STEM_MULTIPLIER = 3  # the CIFAR stem has three times the channels of the first cell's nodes
+
+
+def _run(layers: nn.Sequential, x: Tensor, exact: bool) -> Tensor:
+    for layer in layers:
+        x = exact_norm(layer, x) if exact and isinstance(layer, nn.BatchNorm2d) else layer(x)
+    return x
 
 
 class CifarStem(nn.Module):
@@ -21,8 +29,9 @@ class CifarStem(nn.Module):
             nn.BatchNorm2d(self.out_channels),
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.layers(x)
+    def forward(self, x: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """`exact`: normalised by `exact_norm`, for images in channels_last."""
+        out = _run(self.layers, x, exact)
         return out, out
 
 
@@ -47,9 +56,10 @@ class ImageNetStem(nn.Module):
             nn.BatchNorm2d(channels),
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        first = self.first(x)
-        return first, self.second(first)
+    def forward(self, x: Tensor, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """`exact`: normalised by `exact_norm`, for images in channels_last."""
+        first = _run(self.first, x, exact)
+        return first, _run(self.second, first, exact)
 
 
 def build_stem(kind: str, in_channels: int, channels: int) -> CifarStem | ImageNetStem:

@@ -228,7 +228,7 @@ class Supernet(nn.Module):
         executor = self.executor if x.dtype in FUSED_DTYPES else "plain"
         if executor != "plain":
             x = x.contiguous(memory_format=torch.channels_last)
-        s0, s1 = self.stem(x)
+        s0, s1 = self.stem(x, exact=executor != "plain")
         if self.storage is not None and executor != "plain":
             s0, s1 = s0.to(self.storage), s1.to(self.storage)
         generator = None

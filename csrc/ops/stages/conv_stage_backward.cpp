@@ -185,6 +185,9 @@ FASTNAS_INLINE inline void branch_backward(T* kernel, T* pointwise, Bench<T>& be
             kernel, grad, row, input, step, part.offsets.data(),
             [&](int64_t y) FASTNAS_INLINE { return part.rows_at(y, f.height); }, f.out_height, positions, f.vectors,
             f.step);
+      else if (f.flat && f.stride == 1 && taps > 1)
+        square_gradient<T, side_of(taps)>(kernel, grad, row, input, step, part.offsets.data(), f.out_height,
+                                          part.spacing, positions);
       else
         kernel_gradient<T, taps>(kernel, grad, row, input, step, part.offsets.data(), f.out_height, positions,
                                  f.vectors, f.step);

@@ -158,6 +158,12 @@ FASTNAS_INLINE inline void scatter_row(T* out, const T* in, const int64_t* offse
     }
 }
 
+// Gradients of weights add up an image first, then the images: one long chain of additions would lose digits.
+template <class T>
+FASTNAS_INLINE inline void add_to(T* gradient, Vec<T> sum) {
+  put(gradient, get(gradient) + sum);
+}
+
 // sum[t] += g[j] * in[j + offsets[t]] for Together neighbouring positions, so that an offset is loaded once for them.
 template <class T, int Taps, int Together>
 FASTNAS_INLINE inline void kernel_gradient_step(Vec<T>* sum, const T* g, const T* in, const int64_t* offsets,
@@ -181,7 +187,7 @@ FASTNAS_INLINE inline void kernel_gradient(T* gradient, const T* g, int64_t g_ro
   for (int64_t v = 0; v < vectors; ++v) {
     Vec<T> sum[Taps];
 #pragma GCC unroll 25
-    for (int t = 0; t < Taps; ++t) sum[t] = get(gradient + (v * Taps + t) * kLanes<T>);
+    for (int t = 0; t < Taps; ++t) sum[t] = Vec<T>{};
     for (int64_t y = 0; y < rows; ++y) {
       const T* gs = g + y * g_row + v * kLanes<T>;
       const T* i = in + y * in_row + v * kLanes<T>;
@@ -191,7 +197,7 @@ FASTNAS_INLINE inline void kernel_gradient(T* gradient, const T* g, int64_t g_ro
       for (; j < positions; ++j) kernel_gradient_step<T, Taps, 1>(sum, gs + j * step, i + j * step, offsets, step);
     }
 #pragma GCC unroll 25
-    for (int t = 0; t < Taps; ++t) put(gradient + (v * Taps + t) * kLanes<T>, sum[t]);
+    for (int t = 0; t < Taps; ++t) add_to(gradient + (v * Taps + t) * kLanes<T>, sum[t]);
   }
 }
 
@@ -205,7 +211,7 @@ FASTNAS_INLINE inline void window_gradient(T* gradient, const T* g, int64_t g_ro
   for (int64_t v = 0; v < vectors; ++v) {
     Vec<T> sum[taps];
 #pragma GCC unroll 25
-    for (int t = 0; t < taps; ++t) sum[t] = get(gradient + (v * taps + t) * kLanes<T>);
+    for (int t = 0; t < taps; ++t) sum[t] = Vec<T>{};
     for (int64_t y = 0; y < rows; ++y) {
       const T* gs = g + y * g_row + v * kLanes<T>;
       const T* input = in + y * in_row + v * kLanes<T>;
@@ -232,8 +238,54 @@ FASTNAS_INLINE inline void window_gradient(T* gradient, const T* g, int64_t g_ro
       for (; j < positions; ++j) kernel_gradient_step<T, taps, 1>(sum, gs + j * step, input + j * step, offsets, step);
     }
 #pragma GCC unroll 25
-    for (int t = 0; t < taps; ++t) put(gradient + (v * taps + t) * kLanes<T>, sum[t]);
+    for (int t = 0; t < taps; ++t) add_to(gradient + (v * taps + t) * kLanes<T>, sum[t]);
   }
+}
+
+// sum[t] += g[j] * in[j + offsets[t]] for Rows rows of a flat image: what a tap reads serves the taps above it for the
+// next rows of g. Rows are `g_row` and `in_row` elements apart, as far as the kernel's. Offsets: of the taps of the
+// kernel's first row.
+template <class T, int Side, int Rows>
+FASTNAS_INLINE inline void square_gradient_rows(Vec<T>* sum, const T* g, int64_t g_row, const T* in, int64_t in_row,
+                                                const int64_t* offsets, int64_t positions) {
+  for (int64_t j = 0; j < positions; ++j) {
+    Vec<T> gs[Rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) gs[r] = get(g + r * g_row + j * kLanes<T>);
+#pragma GCC unroll 5
+    for (int x = 0; x < Side; ++x) {
+      const T* p = in + offsets[x] + j * kLanes<T>;
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows + Side - 1; ++i) {
+        const Vec<T> value = get(p + i * in_row);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r)
+          if (i - r >= 0 && i - r < Side) sum[(i - r) * Side + x] += value * gs[r];
+      }
+    }
+  }
+}
+
+// kernel_gradient of a flat image at stride 1 whose taps are `apart` rows apart.
+template <class T, int Side>
+FASTNAS_INLINE inline void square_gradient(T* gradient, const T* g, int64_t g_row, const T* in, int64_t in_row,
+                                           const int64_t* offsets, int64_t rows, int64_t apart, int64_t positions) {
+  constexpr int taps = Side * Side;
+  Vec<T> sum[taps];
+#pragma GCC unroll 25
+  for (int t = 0; t < taps; ++t) sum[t] = Vec<T>{};
+  for (int64_t first = 0; first < std::min(apart, rows); ++first) {
+    int64_t y = first;
+    const auto some = [&](auto count) FASTNAS_INLINE {
+      square_gradient_rows<T, Side, count>(sum, g + y * g_row, apart * g_row, in + y * in_row, apart * in_row, offsets,
+                                           positions);
+      y += count * apart;
+    };
+    while (y + (kSquare - 1) * apart < rows) some(std::integral_constant<int, kSquare>{});
+    while (y < rows) some(std::integral_constant<int, 1>{});
+  }
+#pragma GCC unroll 25
+  for (int t = 0; t < taps; ++t) add_to(gradient + t * kLanes<T>, sum[t]);
 }
 
 // out[pixel][0 : Vectors] = sum_i in[pixel][i] * weights[i][0 : Vectors], for Pixels pixels.
@@ -302,7 +354,7 @@ FASTNAS_INLINE inline void outer_tile(T* gradient, int64_t pitch, const T* g, in
 #pragma GCC unroll 16
   for (int o = 0; o < Outputs; ++o) {
 #pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) sum[o][v] = get(gradient + o * pitch + v * kLanes<T>);
+    for (int v = 0; v < Vectors; ++v) sum[o][v] = Vec<T>{};
   }
   for (int64_t p = 0; p < pixels; ++p) {
     Vec<T> x[Vectors];
@@ -318,7 +370,7 @@ FASTNAS_INLINE inline void outer_tile(T* gradient, int64_t pitch, const T* g, in
 #pragma GCC unroll 16
   for (int o = 0; o < Outputs; ++o) {
 #pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) put(gradient + o * pitch + v * kLanes<T>, sum[o][v]);
+    for (int v = 0; v < Vectors; ++v) add_to(gradient + o * pitch + v * kLanes<T>, sum[o][v]);
   }
 }
 
@@ -373,13 +425,13 @@ FASTNAS_INLINE inline void pointwise_flat(T* out, const T* in, const T* weights,
 template <class T, int Channels>
 FASTNAS_INLINE inline void outer_flat(T* gradient, const T* g, const T* in, int64_t positions) {
   Vec<T> sum[Channels];
-  for (int c = 0; c < Channels; ++c) sum[c] = get(gradient + c * kLanes<T>);
+  for (int c = 0; c < Channels; ++c) sum[c] = Vec<T>{};
   for (int64_t j = 0; j < positions; ++j) {
     const Vec<T> x = get(in + j * kLanes<T>), gj = get(g + j * kLanes<T>);
 #pragma GCC unroll 8
     for (int c = 0; c < Channels; ++c) sum[c] += __builtin_shuffle(gj, channel_of_pixel<T, Channels>(c)) * x;
   }
-  for (int c = 0; c < Channels; ++c) put(gradient + c * kLanes<T>, sum[c]);
+  for (int c = 0; c < Channels; ++c) add_to(gradient + c * kLanes<T>, sum[c]);
 }
 
 // Runs body(std::integral_constant<int, channels>) for the channels of a flat row.
