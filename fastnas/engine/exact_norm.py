@@ -35,7 +35,7 @@ class _ExactNorm(torch.autograd.Function):
         x = maps(x)
         mean, variance = _statistics(x)
         rstd = (variance + eps).rsqrt()
-        y = beta.expand(x.shape).contiguous()
+        y = torch.empty_like(x).copy_(beta)  # made from x, which may be fake where weights are not
         node_sum(y, [x], torch.stack([gamma * rstd, mean])[None], True)
         ctx.save_for_backward(x, gamma, mean, rstd)
         ctx.mark_non_differentiable(mean, variance)

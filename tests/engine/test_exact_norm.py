@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastnas.engine import stems
 from fastnas.engine.exact_norm import exact_norm
@@ -86,3 +87,10 @@ def test_fused_networks_have_exact_stems_and_plain_ones_do_not(monkeypatch: pyte
     fuse_convolutions(derived)
     derived(torch.randn(2, 3, 32, 32))
     assert len(calls) == 5
+
+
+def test_a_fake_batch_stays_fake() -> None:
+    """Predictions of memory run real weights on fake batches, and what is real there would be computed."""
+    batch = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last)
+    fake = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(batch)
+    assert isinstance(exact_norm(nn.BatchNorm2d(4), fake), FakeTensor)
