@@ -181,12 +181,9 @@ def _problem(name: str, stem: str, device_type: str, by_name: bool = False) -> s
         return _triton_problem(stem, device_type, by_name)
     if device_type not in _SERVES[name]:
         return f"it has no kernels for device type {device_type!r}"
-    missing = _ext.load()
+    missing = _ext.load(device_type)
     if missing is not None:
         return missing
-    facts = _ext.build_facts()
-    if name == "cuda" and not facts.get("cuda"):
-        return f"the compiled library was built without CUDA: {facts.get('cuda_reason', 'by an older setup.py')}"
     for flat in _flat_ops[stem]:
         if not _compiled(flat, device_type.upper()):
             missing = f"the compiled library has no {device_type.upper()} kernel for {flat}: rebuild it"
@@ -217,7 +214,7 @@ def _connect_triton(stem: str, device_type: str, wanted: bool) -> None:
     """Register the Triton launchers of ``stem`` behind its flat ops on ``device_type``, or take them away again."""
     key = (stem, device_type)
     if wanted and key not in _triton:
-        _ext.load()  # a library that loads later would take the kernels' place
+        _ext.load(device_type)  # a library that loads later would take the kernels' place
         _triton[key] = torch.library.Library("fastnas", "IMPL")
         with warnings.catch_warnings():  # taking the place of a compiled kernel is what was asked for
             warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel", UserWarning)

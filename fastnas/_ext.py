@@ -1,4 +1,4 @@
-"""Loads the compiled library ``fastnas._C`` once and remembers why when it cannot."""
+"""Loads the parts of the compiled library ``fastnas._C`` once and remembers why when it cannot."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def build_facts() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def modules() -> list[str]:
-    """The modules that make up the library here: the best of the instruction sets that PyTorch uses, then CUDA's part.
+def modules() -> dict[str, str]:
+    """The library's modules here by device type: the best of the instruction sets that PyTorch uses, and CUDA's part.
 
     PyTorch takes what the processor has, or what the environment variable ATEN_CPU_CAPABILITY allows it. Empty where
     nothing was built.
@@ -30,8 +30,9 @@ def modules() -> list[str]:
 
     used = torch.backends.cpu.get_cpu_capability().lower()
     at_best = _INSTRUCTION_SETS.index(used) if used in _INSTRUCTION_SETS else -1
-    cpu = [name for name in _INSTRUCTION_SETS[at_best:] if _found(name)]
-    return [f"fastnas._C.{name}" for name in cpu[:1] + ["cuda"] * _found("cuda")]
+    candidates = {"cpu": _INSTRUCTION_SETS[at_best:], "cuda": ("cuda",)}
+    found = {device: next(filter(_found, names), None) for device, names in candidates.items()}
+    return {device: f"fastnas._C.{name}" for device, name in found.items() if name}
 
 
 def _found(name: str) -> bool:
@@ -39,21 +40,28 @@ def _found(name: str) -> bool:
 
 
 @functools.cache
-def load() -> str | None:
-    """Load the library; returns ``None`` on success, else warns and returns why it is not there."""
-    names = modules()
+def load(device_type: str) -> str | None:
+    """Load the kernels for ``"cpu"`` or ``"cuda"``; returns ``None`` on success, else why they are not there.
+
+    Without those for the CPU plain PyTorch runs, which a warning says; without those for CUDA Triton's do.
+    """
+    reason = _problem(device_type)
+    if reason and device_type == "cpu":
+        warnings.warn(f"{reason}; plain PyTorch runs instead, slower; {_REBUILD}", RuntimeWarning, stacklevel=2)
+    return reason and f"{reason}; {_REBUILD}"
+
+
+def _problem(device_type: str) -> str | None:
+    facts, name = build_facts(), modules().get(device_type)
+    if name is None:
+        part, what = {"cpu": ("native", "is missing"), "cuda": ("cuda", "was built without CUDA")}[device_type]
+        cause = facts[f"{part}_reason"] if facts and not facts[part] else "it was not built"
+        return f"the compiled library fastnas._C {what}: {cause}"
     try:
-        for name in names:
-            importlib.import_module(name)
-        if names:
-            return None
-        facts = build_facts()
-        cause = facts.get("native_reason") if facts and not facts["native"] else "it was not built"
-        reason = f"the compiled library fastnas._C is missing: {cause}"
+        importlib.import_module(name)
     except ImportError as error:
         import torch
 
-        built = build_facts().get("torch", "an unknown version")
-        reason = f"{name} was built for torch {built} and does not load in {torch.__version__} ({error})"
-    warnings.warn(f"{reason}; plain PyTorch runs instead, slower; {_REBUILD}", RuntimeWarning, stacklevel=2)
-    return f"{reason}; {_REBUILD}"
+        built = facts.get("torch", "an unknown version")
+        return f"{name} was built for torch {built} and does not load in {torch.__version__} ({error})"
+    return None

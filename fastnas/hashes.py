@@ -67,5 +67,5 @@ def code_digest() -> str:
 @functools.cache
 def kernels_digest() -> str:
     """The compiled library for this processor, or ``"none"``. Two compilers give two digests for one source."""
-    found = [importlib.util.find_spec(name).origin for name in _ext.modules()]  # type: ignore[union-attr]
+    found = [importlib.util.find_spec(name).origin for name in _ext.modules().values()]  # type: ignore[union-attr]
     return digest(Path(path).read_bytes() for path in found) if found else "none"

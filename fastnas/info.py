@@ -100,12 +100,12 @@ def describe_installation() -> str:
     else:
         lines.append(f"{'cuda':<12}none visible (torch was built for CUDA {torch.version.cuda})")
 
-    problem = _ext.load()
     facts = _ext.build_facts()
-    lines += ["", f"{'fastnas._C':<12}{problem or 'loaded: ' + ', '.join(_ext.modules())}"]
+    lines += ["", f"{'fastnas._C':<12}{_ext.load('cpu') or 'loaded: ' + _ext.modules()['cpu']}"]
     if facts:
         lines.append(f"{'  built with':<12} torch {facts['torch']}, {facts['compiler'] or 'no compiler'}")
-        lines.append(f"{'  CUDA part':<12} {'yes' if facts['cuda'] else 'no'}: {facts['cuda_reason']}")
+        cuda = f"yes: {_ext.load('cuda') or 'loaded'}" if facts["cuda"] else f"no: {facts['cuda_reason']}"
+        lines.append(f"{'  CUDA part':<12} {cuda}")
     rows = _backends.table()
     width = max(len(row.op) for row in rows) + 2
     lines += ["", f"{'op':<{width}}{'device':<8}{'backend':<11}why"]

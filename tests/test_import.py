@@ -85,10 +85,35 @@ import torch
 from fastnas import _ext
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    reason = _ext.load()
+    reason = _ext.load("cpu")
 print(len(caught), torch.__version__ in reason, "was built for torch" in reason, "undefined symbol" in reason)
 """
     assert run(code) == "1 True True True"
+
+
+def test_a_cuda_part_that_does_not_load_leaves_the_kernels_of_the_cpu() -> None:
+    code = """
+import importlib, warnings
+load = importlib.import_module
+def broken(name, *args):
+    if name == "fastnas._C.cuda":
+        raise ImportError("libcudart.so: cannot open shared object file")
+    return load(name, *args)
+importlib.import_module = broken
+import torch, fastnas
+from fastnas import _ext
+found = _ext._found
+_ext._found = lambda name: name == "cuda" or found(name)
+warnings.simplefilter("error")
+y = fastnas.mixed_sum([torch.ones(2), torch.ones(2)], torch.tensor([1.0, 2.0]).requires_grad_())
+print(type(y.grad_fn).__name__ == "_MixedSumBackward" or _ext.load("cpu"), "libcudart" in _ext.load("cuda"))
+try:
+    with fastnas.backend("mixed_sum=cuda"):
+        pass
+except ValueError as error:
+    print("libcudart" in str(error))
+"""
+    assert run(code).splitlines() == ["True True", "True"]
 
 
 BLOCK = """
