@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,15 @@ from torch import Tensor, nn
 import fastnas
 from bench.step_rows import Pass, Problem, Row, timed
 from fastnas.engine.supernet import Supernet
+from fastnas.errors import UserError
+
+
+def check_compiled(names: Sequence[str], problem: Problem) -> None:
+    """Raises UserError where a compiled row is asked for what it does not run."""
+    for name in COMPILED_ROWS.keys() & set(names):
+        methods = _METHODS[name]
+        if problem.step != "pass" or problem.method not in methods:
+            raise UserError(f"{name} is a pass of {' or '.join(methods)}: measure what else you want without this row")
 
 
 def compiled_cells(problem: Problem, device: torch.device, rounds: int) -> dict[str, Any]:
@@ -20,7 +28,7 @@ def compiled_cells(problem: Problem, device: torch.device, rounds: int) -> dict[
 
     ms of a forward and backward pass with all gradients, medians of rounds in turn, and seconds of compilation.
     """
-    row = Row("plain", replace(problem, method="darts", step="pass"), device)
+    row = Row("plain", problem, device)
     assert isinstance(row.work, Pass)
     supernet, alphas = row.work.supernet, row.work.alphas
     cells = {"normal": supernet.cells[0], "reduction": _first_reduction(supernet)}
@@ -30,10 +38,10 @@ def compiled_cells(problem: Problem, device: torch.device, rounds: int) -> dict[
 def compiled_network(problem: Problem, device: torch.device, rounds: int) -> dict[str, float]:
     """The whole network under torch.compile, beside the plain and the fused one; as `compiled_cells`.
 
-    Of a method whose pass runs the whole mixture. Its first compiled pass takes some 45 minutes on two CPU cores.
+    Its first compiled pass takes some 45 minutes on two CPU cores.
     """
     names = {"compiled": "plain", "plain": "plain", "fused": "fused"}
-    rows = {kind: Row(name, replace(problem, step="pass"), device) for kind, name in names.items()}
+    rows = {kind: Row(name, problem, device) for kind, name in names.items()}
     compiled = rows["compiled"].work
     assert isinstance(compiled, Pass)
     compiled.supernet = torch.compile(compiled.supernet, dynamic=False, fullgraph=True)  # type: ignore[assignment]
@@ -81,3 +89,4 @@ COMPILED_ROWS: Mapping[str, Callable[[Problem, torch.device, int], dict[str, Any
     "plain_compile": compiled_cells,
     "plain_compile_net": compiled_network,
 }
+_METHODS = {"plain_compile": ("darts",), "plain_compile_net": ("darts", "pc_darts")}

@@ -28,7 +28,7 @@ import torch
 if not __package__:
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.compiled_rows import COMPILED_ROWS
+from bench.compiled_rows import COMPILED_ROWS, check_compiled
 from bench.footprints import status
 from bench.report import header, save
 from bench.row_process import RowProcess
@@ -121,6 +121,7 @@ def main(arguments: Sequence[str]) -> None:
         torch.set_num_threads(given.threads)
     problem = Problem(**{field.name: getattr(given, field.name) for field in fields(Problem)})
     names = [name.strip() for name in given.rows.split(",")]
+    check_compiled(names, problem)
     if given.resident_here:
         print(resident_growth(names[0], problem))
         return

@@ -119,6 +119,16 @@ def test_compiled_cells_and_networks_come_with_their_compile_time(monkeypatch: p
         assert set(row) == {"compiled_ms", "plain_ms", "fused_ms", "compile_s"} and min(row.values()) > 0
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [["--step", "search"], ["--method", "parsec"], ["--method", "pc_darts", "--rows", "plain,plain_compile"]],
+)
+def test_compiled_rows_refuse_what_they_do_not_run_before_anything_runs(flags, monkeypatch) -> None:
+    monkeypatch.setattr(search_step, "measure", lambda *args, **options: pytest.fail("a row ran"))
+    with pytest.raises(UserError, match="plain_compile.* is a pass of darts"):
+        search_step.main([*SIZES, "--rows", "plain,plain_compile_net", *flags])
+
+
 def test_a_line_is_fitted_by_least_squares() -> None:
     assert fit_line([1, 2, 3], [5, 7, 9]) == pytest.approx({"slope": 2, "intercept": 3, "r2": 1})
     assert fit_line([0, 1, 2], [0, 0, 3]) == pytest.approx({"slope": 1.5, "intercept": -0.5, "r2": 0.75})
