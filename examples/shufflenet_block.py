@@ -1,6 +1,8 @@
 """Channel shuffle in torchvision's ShuffleNetV2: partial_shuffle concatenates and shuffles in one pass.
 
-The block keeps torchvision's parameters and their names, so its published weights load as they are.
+The block keeps torchvision's parameters and their names, so its published weights load as they are. It keeps the layout
+too: in channels_last, where the convolutions are faster, torchvision's shuffle gives back NCHW, and what comes next
+converts it.
 
     python examples/shufflenet_block.py
 """
@@ -29,12 +31,13 @@ class FusedInvertedResidual(InvertedResidual):
 def main() -> float:
     torch.manual_seed(0)
     sizes = ([2, 2, 2], [24, 48, 96, 192, 256])
-    plain = ShuffleNetV2(*sizes, num_classes=10)
-    fused = ShuffleNetV2(*sizes, num_classes=10, inverted_residual=FusedInvertedResidual)
+    plain = ShuffleNetV2(*sizes, num_classes=10).eval()
+    fused = ShuffleNetV2(*sizes, num_classes=10, inverted_residual=FusedInvertedResidual).eval()
     fused.load_state_dict(plain.state_dict())
-    plain.eval(), fused.eval()
-    x = torch.randn(16, 3, 96, 96, requires_grad=True)
-    difference = side_by_side("ShuffleNetV2", lambda: plain(x), lambda: fused(x), [x])
+    for network in (plain, fused):
+        network.to(memory_format=torch.channels_last)
+    x = torch.randn(16, 3, 96, 96).to(memory_format=torch.channels_last).requires_grad_()
+    difference = side_by_side("ShuffleNetV2, channels_last", lambda: plain(x), lambda: fused(x), [x])
 
     halves = [torch.randn(64, 58, 28, 28, requires_grad=True) for _ in range(2)]
     alone = side_by_side(
