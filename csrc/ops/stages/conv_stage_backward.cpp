@@ -134,19 +134,18 @@ FASTNAS_INLINE inline void fill_upstream(Bench<T>& bench, const Frame<T>& f, con
 // Gradient of the pointwise weights, from the depthwise output computed again.
 template <class T>
 FASTNAS_INLINE inline void pointwise_weights(T* gradient, Bench<T>& bench, const Frame<T>& f, const Part<T>& part) {
-  depthwise(bench.deep.data(), bench.padded.data(), f, part);
+  const T* deep = pointwise_input(bench.deep.data(), bench.padded.data(), f, part);
   const int64_t row = f.row(f.out_width);
   if (part.flat) {
     dispatch_flat<T>(f.channels, [&](auto channels) FASTNAS_INLINE {
-      outer_flat<T, channels>(gradient, bench.flat_dz.data(), bench.deep.data(),
-                              f.out_height * f.positions(f.out_width));
+      outer_flat<T, channels>(gradient, bench.flat_dz.data(), deep, f.out_height * f.positions(f.out_width));
     });
     return;
   }
   const Run<T> run(f);
   for (int64_t r = 0; r < run.rows; ++r)
-    outer(gradient, part.in_pitch, bench.dz.data() + r * run.pixels * part.out_pitch, part.out_pitch,
-          bench.deep.data() + r * row, f.pitch, part.outputs, part.in_pitch / kLanes<T>, run.pixels);
+    outer(gradient, part.in_pitch, bench.dz.data() + r * run.pixels * part.out_pitch, part.out_pitch, deep + r * row,
+          f.pitch, part.outputs, part.in_pitch / kLanes<T>, run.pixels);
 }
 
 // Gradient of the depthwise output: rows `row` apart from `out` on.
@@ -172,6 +171,7 @@ FASTNAS_INLINE inline void branch_backward(T* kernel, T* pointwise, Bench<T>& be
                                            const Part<T>& part, bool first, bool need_dx, bool need_dw) {
   if (need_dw) pointwise_weights(pointwise, bench, f, part);
   if (!need_dx && !(need_dw && part.depthwise)) return;
+  if (first && is_direct(f, part)) return deep_gradient(bench.dx.data(), f.row(f.out_width), bench, f, part);
   const int64_t row = f.stride == 1 ? f.padded_row() : f.row(f.out_width);
   T* grad = bench.deep_grad.data() + (f.stride == 1 ? f.interior() : 0);
   deep_gradient(grad, row, bench, f, part);

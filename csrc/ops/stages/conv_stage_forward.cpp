@@ -61,9 +61,9 @@ void convolve(const Plan<T>& plan, const std::vector<View<T>>& xs, const T* norm
         for (size_t p = 0; p < plan.parts.size(); ++p) {
           const Part<T>& part = plan.parts[p];
           if (part.source != source) continue;
-          depthwise(deep.data(), padded.data(), f, part);
+          const T* in = pointwise_input(deep.data(), padded.data(), f, part);
           T* target = z + (part.output * batch + image) * pixels * channels;
-          pointwise_image(target + part.first, channels, result.data(), deep.data(), f, part);
+          pointwise_image(target + part.first, channels, result.data(), in, f, part);
           const bool last = p + 1 == plan.parts.size() || plan.parts[p + 1].output != part.output;
           if (stats && last) measured.measure(part.output, image, target, sums);
         }

@@ -109,6 +109,20 @@ FASTNAS_INLINE inline void depthwise(T* out, const T* padded, const Frame<T>& f,
   });
 }
 
+// Whether a part takes the pixels of the activated image as they are and where they are.
+template <class T>
+inline bool is_direct(const Frame<T>& f, const Part<T>& part) {
+  return !part.depthwise && f.stride == 1 && f.border == 0;
+}
+
+// What the pointwise convolution reads: rows of the output's size, without border.
+template <class T>
+FASTNAS_INLINE inline const T* pointwise_input(T* deep, const T* padded, const Frame<T>& f, const Part<T>& part) {
+  if (is_direct(f, part)) return padded;
+  depthwise(deep, padded, f, part);
+  return deep;
+}
+
 // Where the pixels of a buffer follow each other without gaps an image is one long row.
 template <class T>
 struct Run {
